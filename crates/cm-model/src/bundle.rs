@@ -1,0 +1,173 @@
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use safetensors::{Dtype, SafeTensors, View, serialize_to_file};
+use tch::{Device, Kind, Tensor};
+
+use crate::{Error, Result, TensorMap, files};
+
+/// Named tensors with text metadata: the content of one safetensors file.
+#[derive(Debug, Default)]
+pub struct Bundle {
+    /// The tensors, by name.
+    pub tensors: TensorMap,
+    /// The file's metadata. Files with one key are byte-for-byte reproducible.
+    pub metadata: BTreeMap<String, String>,
+}
+
+impl Bundle {
+    /// Reads a file; its tensors are on the CPU.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the file cannot be read; [`Error::File`] if it is not a whole safetensors file.
+    pub fn read(path: &Path) -> Result<Self> {
+        let bytes = std::fs::read(path).map_err(|e| Error::io(path, "reading", e))?;
+        let broken = |e: safetensors::SafeTensorError| Error::File {
+            path: path.into(),
+            problem: format!(
+                "not a whole safetensors file ({e}; {} bytes); if it was copied or downloaded, do so again",
+                bytes.len()
+            ),
+        };
+        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(broken)?;
+        let metadata = header.metadata().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect();
+        let views = SafeTensors::deserialize(&bytes).map_err(broken)?;
+        let mut tensors = TensorMap::new();
+        for (name, view) in views.iter() {
+            let kind = kind_of(view.dtype()).ok_or_else(|| Error::File {
+                path: path.into(),
+                problem: format!("tensor '{name}' has dtype {:?}, which is not supported", view.dtype()),
+            })?;
+            let size: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
+            tensors.insert(name.to_owned(), tensor_from_bytes(view.data(), &size, kind)?);
+        }
+        Ok(Self { tensors, metadata })
+    }
+
+    /// Reads the metadata alone, without the tensors: names, dtypes and shapes of the tensors, and the text.
+    ///
+    /// # Errors
+    /// As [`Bundle::read`].
+    pub fn read_header(path: &Path) -> Result<(BTreeMap<String, String>, Vec<(String, Vec<i64>, String)>)> {
+        use std::io::Read;
+        let problem = |problem: String| Error::File { path: path.into(), problem };
+        let mut file = std::fs::File::open(path).map_err(|e| Error::io(path, "opening", e))?;
+        let total = file.metadata().map_err(|e| Error::io(path, "reading", e))?.len();
+        let mut length = [0u8; 8];
+        file.read_exact(&mut length).map_err(|_| problem(format!("not a safetensors file ({total} bytes)")))?;
+        let length = u64::from_le_bytes(length);
+        if length > total.saturating_sub(8) || length > 100_000_000 {
+            return Err(problem(format!("header claims {length} bytes, the file has {total}")));
+        }
+        let mut head = vec![0u8; 8 + length as usize];
+        head[..8].copy_from_slice(&length.to_le_bytes());
+        file.read_exact(&mut head[8..]).map_err(|e| Error::io(path, "reading", e))?;
+        let (_, header) = SafeTensors::read_metadata(&head)
+            .map_err(|e| problem(format!("not a safetensors file ({e})")))?;
+        let end = header.tensors().values().map(|t| t.data_offsets.1).max().unwrap_or(0) as u64;
+        if total != 8 + length + end {
+            return Err(problem(format!("truncated: {total} bytes, its header says {}", 8 + length + end)));
+        }
+        let metadata = header.metadata().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect();
+        let mut tensors: Vec<_> = header
+            .tensors()
+            .into_iter()
+            .map(|(name, info)| {
+                (name, info.shape.iter().map(|&n| n as i64).collect(), format!("{:?}", info.dtype))
+            })
+            .collect();
+        tensors.sort();
+        Ok((metadata, tensors))
+    }
+
+    /// Writes the file whole or not at all.
+    ///
+    /// # Errors
+    /// [`Error::Io`] with the step that failed (a full disk, a folder that is read-only …).
+    pub fn write(&self, path: &Path) -> Result<()> {
+        write_tensors(path, self.tensors.iter().map(|(name, t)| (name.as_str(), t)), &self.metadata)
+    }
+}
+
+/// Writes tensors without collecting them into a [`Bundle`] first; see [`Bundle::write`].
+pub(crate) fn write_tensors<'a>(
+    path: &Path,
+    tensors: impl Iterator<Item = (&'a str, &'a Tensor)>,
+    metadata: &BTreeMap<String, String>,
+) -> Result<()> {
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, "creating the folder", e))?;
+    let temp = files::named_temp(folder, path)?;
+    let views: Vec<(&str, TensorView<'_>)> =
+        tensors.map(|(name, tensor)| Ok((name, TensorView::new(name, tensor)?))).collect::<Result<_>>()?;
+    let metadata: HashMap<String, String> = metadata.iter().map(|(k, v)| (k.clone(), v.clone())).collect();
+    serialize_to_file(views, Some(metadata), temp.path()).map_err(|e| match e {
+        safetensors::SafeTensorError::IoError(e) => Error::io(path, "writing", e),
+        e => Error::File { path: path.into(), problem: e.to_string() },
+    })?;
+    files::persist(temp, path)
+}
+
+struct TensorView<'a> {
+    tensor: &'a Tensor,
+    dtype: Dtype,
+    shape: Vec<usize>,
+}
+
+impl<'a> TensorView<'a> {
+    fn new(name: &str, tensor: &'a Tensor) -> Result<Self> {
+        let dtype = dtype_of(tensor.kind()).ok_or_else(|| Error::Value {
+            what: format!("dtype of tensor '{name}'"),
+            expected: "one that safetensors can hold".into(),
+            got: format!("{:?}", tensor.kind()),
+        })?;
+        Ok(Self { tensor, dtype, shape: tensor.size().iter().map(|&n| n as usize).collect() })
+    }
+}
+
+impl View for TensorView<'_> {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+    fn data(&self) -> Cow<'_, [u8]> {
+        let flat = self.tensor.detach().to_device(Device::Cpu).contiguous();
+        let mut bytes = vec![0u8; self.data_len()];
+        flat.copy_data_u8(&mut bytes, flat.numel());
+        Cow::Owned(bytes)
+    }
+    fn data_len(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.tensor.kind().elt_size_in_bytes()
+    }
+}
+
+fn tensor_from_bytes(bytes: &[u8], size: &[i64], kind: Kind) -> Result<Tensor> {
+    if size.contains(&0) {
+        return Ok(Tensor::zeros(size, (kind, Device::Cpu)));
+    }
+    Ok(Tensor::f_from_data_size(bytes, size, kind)?)
+}
+
+const KINDS: [(Dtype, Kind); 10] = [
+    (Dtype::F32, Kind::Float),
+    (Dtype::F64, Kind::Double),
+    (Dtype::F16, Kind::Half),
+    (Dtype::BF16, Kind::BFloat16),
+    (Dtype::I64, Kind::Int64),
+    (Dtype::I32, Kind::Int),
+    (Dtype::I16, Kind::Int16),
+    (Dtype::I8, Kind::Int8),
+    (Dtype::U8, Kind::Uint8),
+    (Dtype::BOOL, Kind::Bool),
+];
+
+fn kind_of(dtype: Dtype) -> Option<Kind> {
+    KINDS.iter().find(|(d, _)| *d == dtype).map(|(_, kind)| *kind)
+}
+
+fn dtype_of(kind: Kind) -> Option<Dtype> {
+    KINDS.iter().find(|(_, k)| *k == kind).map(|(dtype, _)| *dtype)
+}

@@ -1,0 +1,1 @@
+//! End-to-end tests through the command `cm`, one file a theme.
