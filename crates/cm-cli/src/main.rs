@@ -1,0 +1,5 @@
+//! The command `cm`: train, sample and inspect consistency models.
+
+mod pictures;
+
+fn main() {}
