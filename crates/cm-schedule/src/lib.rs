@@ -1,0 +1,27 @@
+//! Pure f64 mathematics of consistency models: noise grids, preconditioning, curricula, solver plans and
+//! counter-based random numbers.
+//!
+//! This crate does no I/O and links no libtorch, so it builds in seconds and holds most of the assertions. Its
+//! numbers are scalars; what broadcasts them over images lives in the crates above.
+//!
+//! | question | module |
+//! | --- | --- |
+//! | which noise levels are there? | [`sigma`] |
+//! | how is a network wrapped at one level? | [`precond`] |
+//! | which random number belongs here? | [`rng`] |
+//!
+//! Names: `sigma` is always a noise level in data units, `step` an optimisation step, `index` a position on a grid
+//! and `u` a position in [0, 1].
+
+#![deny(missing_docs)]
+#![forbid(unsafe_code)]
+
+pub mod error;
+pub mod precond;
+pub mod rng;
+pub mod sigma;
+
+pub use error::{Error, Result};
+pub use precond::{Boundary, Edm, NoiseCond, Precond, Scalings};
+pub use rng::{Purpose, Stream};
+pub use sigma::{KarrasGrid, SigmaRange};
