@@ -1,0 +1,311 @@
+//! What can be typed.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use cm_torch::device::DeviceSpec;
+
+/// Consistency models: train them, sample them in one step, look inside.
+#[derive(Debug, Parser)]
+#[command(name = "cm", version, after_help = EXIT_CODES)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes: 0 done; 1 failed while running; 2 wrong usage, config, data or file; \
+3 stopped by the guard on gradients and loss; 130 interrupted (training has saved and can be resumed).";
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Train a model from an experiment file or a preset.
+    #[command(after_help = TRAIN_EXAMPLES)]
+    Train(TrainArgs),
+    /// Train consistency training with the paper's CIFAR-10 settings, fetching the data where needed.
+    #[command(name = "train-cifar10", after_help = CIFAR_EXAMPLES)]
+    TrainCifar10(CifarArgs),
+    /// Make images with a trained model.
+    #[command(after_help = SAMPLE_EXAMPLES)]
+    Sample(SampleArgs),
+    /// Train and sample a small model on bundled data, measure it and draw pictures, in minutes on a CPU.
+    #[command(after_help = DEMO_EXAMPLES)]
+    Demo(DemoArgs),
+    /// Look at data sets.
+    #[command(subcommand)]
+    Data(DataCommand),
+    /// Look at model files.
+    #[command(subcommand)]
+    Model(ModelCommand),
+    /// List the built-in experiments, or print one.
+    #[command(subcommand)]
+    Preset(PresetCommand),
+    /// Say what this machine offers: libtorch, devices, memory.
+    Doctor,
+}
+
+const TRAIN_EXAMPLES: &str = "\
+Examples:
+  cm train --config digits-ct --out runs/digits
+  cm train --config digits-ct --out runs/digits --resume
+  cm train --config configs/cifar10-ct.toml --data ~/cifar --out runs/c10 --set train.metric=l2
+  cm train --config imagenet64-ct --dry-run";
+
+const CIFAR_EXAMPLES: &str = "\
+Examples:
+  cm train-cifar10 --dry-run
+  cm train-cifar10 --data ~/cifar-10-binary.tar.gz --set train.metric=l2 --out runs/c10";
+
+const SAMPLE_EXAMPLES: &str = "\
+Examples:
+  cm sample runs/digits --seeds 0-63
+  cm sample runs/digits --sampler multistep --sigmas 80,0.8 --seeds 0-15 --out out/two-step
+  cm sample model.safetensors --sampler multistep --ts 0,22,39 --steps 40 --class 3";
+
+const DEMO_EXAMPLES: &str = "\
+Examples:
+  cm demo
+  cm demo --seconds 60 --out out/quick
+  cm demo --data emoji";
+
+/// Options of `cm train`.
+#[derive(Debug, Args)]
+pub struct TrainArgs {
+    /// Experiment: a TOML file, or the name of a preset (see `cm preset list`).
+    #[arg(long, value_name = "FILE|PRESET")]
+    pub config: Option<String>,
+    /// Folder or file of the training data; overrides what the experiment says.
+    #[arg(long, value_name = "PATH")]
+    pub data: Option<PathBuf>,
+    /// Options that every training shares.
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+/// Options of `cm train-cifar10`.
+#[derive(Debug, Args)]
+pub struct CifarArgs {
+    /// Experiment: a TOML file, or the name of a preset.
+    #[arg(long, value_name = "FILE|PRESET", default_value = "cifar10-ct")]
+    pub config: String,
+    /// A folder that holds CIFAR-10's binary archive or its files, or the archive itself; it is downloaded
+    /// into this folder where it is not there.
+    #[arg(long, value_name = "PATH", default_value = "data/cifar10")]
+    pub data: PathBuf,
+    /// Options that every training shares.
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+/// What every training takes.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// Folder of the run: config, logs, checkpoints, sample grids [default: runs/NAME].
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Where to compute: auto, cpu, cuda or cuda:N. A device that is not there is an error; only `auto` chooses.
+    #[arg(long, default_value = "auto")]
+    pub device: DeviceSpec,
+    /// Go on from the newest whole checkpoint of the run folder, with the run's own config.
+    #[arg(long)]
+    pub resume: bool,
+    /// Build the network, run one step at micro-batch 1 on made-up pixels, print parameters, memory and config.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Change a value of the experiment; may be given several times.
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    pub sets: Vec<String>,
+}
+
+/// Options of `cm sample`.
+#[derive(Debug, Args)]
+pub struct SampleArgs {
+    /// A model file, a checkpoint folder or a run folder.
+    pub model: PathBuf,
+    /// How to sample.
+    #[arg(long, value_enum, default_value_t = SamplerKind::Onestep)]
+    pub sampler: SamplerKind,
+    /// Time points of multistep sampling as indices into the Karras grid, 0 = σ_max; the last one only sets the
+    /// final noise and is not evaluated.
+    #[arg(long, value_delimiter = ',', conflicts_with = "sigmas")]
+    pub ts: Option<Vec<usize>>,
+    /// Number of points of the grid that --ts counts in [default: what the model was trained with].
+    #[arg(long, requires = "ts")]
+    pub steps: Option<usize>,
+    /// Time points of multistep sampling as noise levels, falling; each one is evaluated.
+    #[arg(long, value_delimiter = ',')]
+    pub sigmas: Option<Vec<f64>>,
+    /// Seeds, one image each: 0-63, or 1,5,9-12.
+    #[arg(long, default_value = "0-63")]
+    pub seeds: SeedRange,
+    /// Class of all images (class-conditional models).
+    #[arg(long)]
+    pub class: Option<i64>,
+    /// Which average of the weights: an EMA rate such as 0.999, or `raw` [default: the run's first EMA].
+    #[arg(long, value_name = "RATE|raw")]
+    pub ema: Option<String>,
+    /// Images computed together.
+    #[arg(long, default_value_t = 64)]
+    pub batch: usize,
+    /// Do not clip images to [-1, 1] after each jump.
+    #[arg(long)]
+    pub no_clip: bool,
+    /// Folder for PNGs, grid and npz.
+    #[arg(long, value_name = "DIR", default_value = "out/samples")]
+    pub out: PathBuf,
+    /// Put the PNGs into sub-folders of 1,000.
+    #[arg(long)]
+    pub subdirs: bool,
+    /// Where to compute: auto, cpu, cuda or cuda:N.
+    #[arg(long, default_value = "auto")]
+    pub device: DeviceSpec,
+}
+
+/// Samplers of `cm sample`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum SamplerKind {
+    /// One jump from pure noise.
+    Onestep,
+    /// Algorithm 1 of Song et al. 2023: jump, add noise, jump.
+    Multistep,
+}
+
+/// Data sets of the demo.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DemoData {
+    /// 1,797 hand-written digits, 8×8.
+    Digits,
+    /// 1,906 colour emoji, 32×32.
+    Emoji,
+}
+
+/// Options of `cm demo`.
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// The bundled data set.
+    #[arg(long, value_enum, default_value_t = DemoData::Digits)]
+    pub data: DemoData,
+    /// Folder for pictures, checkpoint and summary.
+    #[arg(long, value_name = "DIR", default_value = "out/demo")]
+    pub out: PathBuf,
+    /// Time for the whole demo in seconds; the training schedule is fitted to it [default: 240 for digits, 1500
+    /// for emoji].
+    #[arg(long)]
+    pub seconds: Option<f64>,
+    /// Seed of the run.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Fail unless the samples reach a bar.
+    #[arg(long, value_enum)]
+    pub check: Option<Bar>,
+    /// Where to compute: auto, cpu, cuda or cuda:N.
+    #[arg(long, default_value = "auto")]
+    pub device: DeviceSpec,
+}
+
+/// Bars that the demo on digits can be held to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Bar {
+    /// Both shares ≥ 0.60, class entropy ≥ 2.1, no image nearer than 0.3 to a training image.
+    Full,
+    /// Both shares 0.1 above those of a Gaussian fit.
+    Ci,
+}
+
+/// `cm data …`.
+#[derive(Debug, Subcommand)]
+pub enum DataCommand {
+    /// Say what lies at a path, and write a contact sheet.
+    #[command(after_help = "Example:\n  cm data inspect ~/pictures --sheet out/pictures.png")]
+    Inspect {
+        /// A file or folder of any supported kind.
+        path: PathBuf,
+        /// Where to write the contact sheet.
+        #[arg(long, value_name = "PNG", default_value = "out/contact-sheet.png")]
+        sheet: PathBuf,
+    },
+    /// Download CIFAR-10's binary archive; a torn download goes on where it stood.
+    Fetch {
+        /// Folder for the archive.
+        #[arg(long, value_name = "DIR", default_value = "data/cifar10")]
+        out: PathBuf,
+    },
+}
+
+/// `cm model …`.
+#[derive(Debug, Subcommand)]
+pub enum ModelCommand {
+    /// Say what a model file holds, without loading its weights.
+    Info {
+        /// A model file, a checkpoint folder or a run folder.
+        file: PathBuf,
+    },
+}
+
+/// `cm preset …`.
+#[derive(Debug, Subcommand)]
+pub enum PresetCommand {
+    /// The names of the built-in experiments.
+    List,
+    /// The text of one, to start your own from.
+    Show {
+        /// Name of the preset.
+        name: String,
+    },
+}
+
+/// Seeds such as `0-63` or `1,5,9-12`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SeedRange(pub Vec<u64>);
+
+const MAX_SEEDS: u64 = 10_000_000;
+const MAX_SEED: u64 = (1 << 56) - 1;
+
+impl std::str::FromStr for SeedRange {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = |part: &str| {
+            let value: u64 = part.trim().parse().map_err(|_| format!("'{part}' is no seed (0 to 2^56 − 1)"))?;
+            if value > MAX_SEED { Err(format!("seed {value} is above 2^56 − 1")) } else { Ok(value) }
+        };
+        let mut seeds = Vec::new();
+        for part in text.split(',') {
+            let (first, last) = match part.split_once('-') {
+                Some((first, last)) => (number(first)?, number(last)?),
+                None => (number(part)?, number(part)?),
+            };
+            if last < first {
+                return Err(format!("'{part}' runs backwards"));
+            }
+            if last - first >= MAX_SEEDS || seeds.len() as u64 + (last - first) >= MAX_SEEDS {
+                return Err(format!("more than {MAX_SEEDS} seeds at once"));
+            }
+            seeds.extend(first..=last);
+        }
+        Ok(Self(seeds))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn seeds_are_ranges_and_lists() {
+        let seeds = |text: &str| text.parse::<SeedRange>().map(|s| s.0);
+        assert_eq!(seeds("0-3").unwrap(), vec![0, 1, 2, 3]);
+        assert_eq!(seeds("7,1-2").unwrap(), vec![7, 1, 2]);
+        for bad in ["", "3-1", "a", "0-99999999999", "-1", "72057594037927936", "1,,2"] {
+            assert!(seeds(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,175 @@
+//! Experiment files: where they come from, how `--set` changes them, and errors that name file, key and value.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde::de::DeserializeOwned;
+use toml::{Table, Value};
+
+/// The experiments that are built into the command, so that `--config digits-ct` works from any folder.
+pub const PRESETS: &[(&str, &str)] = &[
+    ("digits-ct", include_str!("../../../configs/digits-ct.toml")),
+    ("emoji-ct", include_str!("../../../configs/emoji-ct.toml")),
+    ("cifar10-ct", include_str!("../../../configs/cifar10-ct.toml")),
+    ("cifar10-ct-released", include_str!("../../../configs/cifar10-ct-released.toml")),
+    ("imagenet64-ct", include_str!("../../../configs/imagenet64-ct.toml")),
+    ("imagenet64-ct-released", include_str!("../../../configs/imagenet64-ct-released.toml")),
+    ("lsun-bedroom256-ct", include_str!("../../../configs/lsun-bedroom256-ct.toml")),
+    ("lsun-bedroom256-ct-released", include_str!("../../../configs/lsun-bedroom256-ct-released.toml")),
+    ("lsun-cat256-ct", include_str!("../../../configs/lsun-cat256-ct.toml")),
+    ("lsun-cat256-ct-released", include_str!("../../../configs/lsun-cat256-ct-released.toml")),
+];
+
+/// The text of an experiment and what to call it in errors.
+#[derive(Debug, Clone)]
+pub struct Source {
+    /// File name or `preset NAME`.
+    pub name: String,
+    text: String,
+}
+
+impl Source {
+    /// Finds an experiment: a file, or the name of a preset.
+    pub fn find(config: &str) -> Result<Self> {
+        let path = Path::new(config);
+        if path.is_file() {
+            let text = std::fs::read_to_string(path).with_context(|| format!("{config}: reading failed"))?;
+            return Ok(Self { name: config.to_owned(), text });
+        }
+        let preset = config.strip_suffix(".toml").unwrap_or(config);
+        if let Some((name, text)) = PRESETS.iter().find(|(name, _)| *name == preset) {
+            return Ok(Self { name: format!("preset {name}"), text: (*text).to_owned() });
+        }
+        let names: Vec<_> = PRESETS.iter().map(|(name, _)| *name).collect();
+        bail!("{config}: neither a file nor a preset; the presets are {}", names.join(", "))
+    }
+
+    /// An experiment from a run folder's resolved config.
+    pub fn file(path: PathBuf) -> Result<Self> {
+        let name = path.display().to_string();
+        let text = std::fs::read_to_string(&path).with_context(|| format!("{name}: reading failed"))?;
+        Ok(Self { name, text })
+    }
+
+    /// Reads the experiment with the changes `section.key=value`.
+    pub fn parse<T: DeserializeOwned>(&self, sets: &[String]) -> Result<T> {
+        let mut table: Table = self.text.parse().map_err(|e: toml::de::Error| self.syntax_error(&e))?;
+        let mut changed = Vec::new();
+        for set in sets {
+            changed.push(apply(&mut table, set)?);
+        }
+        serde_path_to_error::deserialize(Value::Table(table)).map_err(|error| {
+            let path = error.path().to_string();
+            let message = error.into_inner().message().trim_end().replace('\n', " ");
+            // An error inside a tagged section is found at the section, one level above the key.
+            let set = changed.iter().find(|key| key.starts_with(&path) || path.starts_with(key.as_str()));
+            let place = match set {
+                Some(key) => format!("--set {key}"),
+                None => self.name.clone(),
+            };
+            anyhow!("{place}: {path}: {message}")
+        })
+    }
+
+    fn syntax_error(&self, error: &toml::de::Error) -> anyhow::Error {
+        let line = error.span().map_or(1, |span| self.text[..span.start.min(self.text.len())].lines().count());
+        anyhow!("{}: line {line}: {}", self.name, error.message().replace('\n', " "))
+    }
+}
+
+/// Puts `section.key=value` into the table and returns the key. A value that is no TOML literal is a string, so
+/// that `--set train.metric=l2` needs no quotes.
+fn apply(table: &mut Table, set: &str) -> Result<String> {
+    let (key, value) = set
+        .split_once('=')
+        .with_context(|| format!("--set {set}: expected section.key=value, as in train.lr=1e-4"))?;
+    let value: Value = match format!("v = {value}").parse::<Table>() {
+        Ok(mut parsed) if parsed.len() == 1 => parsed.remove("v").context("one value was parsed")?,
+        _ => Value::String(value.to_owned()),
+    };
+    let mut names: Vec<&str> = key.split('.').collect();
+    let last = names.pop().filter(|name| !name.is_empty()).with_context(|| format!("--set {set}: no key"))?;
+    let mut place = table;
+    for name in names {
+        let next = place.entry(name).or_insert_with(|| Value::Table(Table::new()));
+        place = next.as_table_mut().with_context(|| format!("--set {set}: '{name}' is a value, not a section"))?;
+    }
+    // A section that is chosen by its kind may be given by the kind alone: `--set train.metric=l2`.
+    let kept = match (place.get(last), &value) {
+        (Some(Value::Table(old)), Value::String(kind)) if old.contains_key("kind") => {
+            Value::Table(Table::from_iter([("kind".to_owned(), Value::String(kind.clone()))]))
+        }
+        _ => value,
+    };
+    place.insert(last.to_owned(), kept);
+    Ok(key.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde::Deserialize;
+
+    #[derive(Debug, Deserialize, PartialEq)]
+    #[serde(deny_unknown_fields)]
+    struct Outer {
+        name: String,
+        train: Inner,
+    }
+
+    #[derive(Debug, Deserialize, PartialEq)]
+    #[serde(deny_unknown_fields)]
+    struct Inner {
+        lr: f64,
+        metric: Metric,
+    }
+
+    #[derive(Debug, Deserialize, PartialEq)]
+    #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+    enum Metric {
+        L1,
+        Huber { c: f64 },
+    }
+
+    fn source() -> Source {
+        let text = "name = 'a'\n[train]\nlr = 0.5\nmetric = { kind = 'huber', c = 1.0 }\n";
+        Source { name: "x.toml".into(), text: text.into() }
+    }
+
+    fn error(source: &Source, sets: &[&str]) -> String {
+        let sets: Vec<String> = sets.iter().map(|s| (*s).to_owned()).collect();
+        format!("{:#}", source.parse::<Outer>(&sets).unwrap_err())
+    }
+
+    #[test]
+    fn sets_change_values_of_every_type() {
+        let sets = ["train.lr=1e-3".to_owned(), "train.metric=l1".to_owned(), "name=two words".to_owned()];
+        let outer: Outer = source().parse(&sets).unwrap();
+        assert_eq!(
+            outer,
+            Outer { name: "two words".into(), train: Inner { lr: 1e-3, metric: Metric::L1 } }
+        );
+    }
+
+    #[test]
+    fn errors_name_the_place_the_key_and_the_fault() {
+        let unknown = error(&source(), &["train.lrr=3"]);
+        assert!(unknown.starts_with("--set train.lrr") && unknown.contains("lrr"), "{unknown}");
+        let wrong = error(&source(), &["train.lr=fast"]);
+        assert!(wrong.starts_with("--set train.lr: train.lr: ") && wrong.contains("fast"), "{wrong}");
+        let mut file = source();
+        file.text.push_str("extra = 1\n");
+        let unknown = error(&file, &[]);
+        assert!(unknown.starts_with("x.toml: train") && unknown.contains("extra"), "{unknown}");
+        file.text.push_str("= broken\n");
+        assert!(error(&file, &[]).starts_with("x.toml: line 6: "), "{}", error(&file, &[]));
+        assert!(error(&source(), &["train"]).contains("section.key=value"));
+        assert!(error(&source(), &["name.x=1"]).contains("'name' is a value"));
+    }
+
+    #[test]
+    fn a_config_that_is_nowhere_lists_the_presets() {
+        let error = format!("{:#}", Source::find("nowhere").unwrap_err());
+        assert!(error.contains("digits-ct") && error.contains("cifar10-ct"));
+    }
+}

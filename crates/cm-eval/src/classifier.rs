@@ -1,0 +1,195 @@
+use cm_model::torch::optim::{OptimKind, Optimizer};
+use cm_model::{Init, ParamPath, Params, ParamsBuilder};
+use cm_schedule::rng::{Purpose, Stream, permutation};
+use tch::{Device, Kind, Tensor};
+
+use crate::{Error, Result};
+
+/// How the classifier is trained.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ClassifierSpec {
+    /// Passes over the training images.
+    pub epochs: u32,
+    /// Images a step.
+    pub batch: usize,
+    /// Learning rate at the start; it falls to 0 along a cosine.
+    pub lr: f64,
+    /// Seed of start, order and shifts.
+    pub seed: u64,
+}
+
+impl Default for ClassifierSpec {
+    /// On the bundled digits these reach 98–99 % on held-out images in a few seconds of one core.
+    fn default() -> Self {
+        Self { epochs: 20, batch: 64, lr: 3e-3, seed: 0 }
+    }
+}
+
+/// A small convolutional classifier for the data set at hand: two 3×3 convolutions, a 2×2 mean pool, one more
+/// convolution, and two linear layers.
+#[derive(Debug)]
+pub struct Classifier {
+    params: Params,
+    layers: Layers,
+}
+
+#[derive(Debug)]
+struct Layers {
+    convs: Vec<(Tensor, Tensor)>,
+    linears: Vec<(Tensor, Tensor)>,
+}
+
+const WIDTH: [i64; 3] = [32, 48, 64];
+const HIDDEN: i64 = 128;
+
+impl Classifier {
+    /// Trains a classifier on `images` `[N, C, H, W]` in [-1, 1] with one label each in `0..num_classes`.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if images and labels do not fit together.
+    pub fn train(images: &Tensor, labels: &[i64], num_classes: i64, spec: ClassifierSpec) -> Result<Self> {
+        let size = images.size();
+        if size.len() != 4 || size[0] as usize != labels.len() || labels.is_empty() {
+            return Err(Error::Input {
+                what: "labelled images",
+                expected: "[N ≥ 1, C, H, W] with one label each".into(),
+                got: format!("{size:?} with {} labels", labels.len()),
+            });
+        }
+        if let Some(bad) = labels.iter().find(|l| !(0..num_classes).contains(*l)) {
+            let expected = format!("0 to {}", num_classes - 1);
+            return Err(Error::Input { what: "label", expected, got: bad.to_string() });
+        }
+        let builder = ParamsBuilder::new(spec.seed, Device::Cpu);
+        let layers = Layers::build(&builder.root(), &size, num_classes)?;
+        let classifier = Self { params: builder.finish(), layers };
+        classifier.fit(images, &Tensor::from_slice(labels), spec)?;
+        Ok(classifier)
+    }
+
+    fn fit(&self, images: &Tensor, labels: &Tensor, spec: ClassifierSpec) -> Result<()> {
+        let params: Vec<(&str, &Tensor)> = self.params.trainable().collect();
+        let mut optimizer = Optimizer::new(OptimKind::adam(), &params)?;
+        let count = images.size()[0] as usize;
+        let steps_per_epoch = count.div_ceil(spec.batch);
+        let total = (spec.epochs as usize * steps_per_epoch) as f64;
+        for epoch in 0..spec.epochs {
+            let order: Vec<i64> =
+                permutation(spec.seed, u64::from(epoch), count).iter().map(|&i| i64::from(i)).collect();
+            for (index, rows) in order.chunks(spec.batch).enumerate() {
+                let step = epoch as usize * steps_per_epoch + index;
+                let rows = Tensor::from_slice(rows);
+                let batch = shifted(&images.index_select(0, &rows), spec.seed, step as u32);
+                let logits = self.layers.logits(&batch);
+                let loss = logits.cross_entropy_for_logits(&labels.index_select(0, &rows));
+                loss.f_backward()?;
+                let lr = spec.lr * 0.5 * (1.0 + (std::f64::consts::PI * step as f64 / total).cos());
+                optimizer.step(lr, &params, &mut [])?;
+                params.iter().for_each(|(_, p)| p.shallow_clone().zero_grad());
+            }
+        }
+        Ok(())
+    }
+
+    /// Probabilities `[N, classes]`.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] if the images do not fit the classifier.
+    pub fn probabilities(&self, images: &Tensor) -> Result<Tensor> {
+        let _no_grad = tch::no_grad_guard();
+        Ok(self.layers.f_logits(images)?.softmax(-1, Kind::Float))
+    }
+
+    /// Share of images whose most probable class is their label.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] if the images do not fit the classifier.
+    pub fn accuracy(&self, images: &Tensor, labels: &[i64]) -> Result<f64> {
+        let guess = self.probabilities(images)?.argmax(-1, false);
+        let right = guess.eq_tensor(&Tensor::from_slice(labels)).to_kind(Kind::Double);
+        Ok(right.mean(Kind::Double).double_value(&[]))
+    }
+}
+
+impl Layers {
+    fn build(root: &ParamPath<'_>, size: &[i64], num_classes: i64) -> Result<Self> {
+        let layer = |name: String, shape: &[i64]| -> Result<(Tensor, Tensor)> {
+            let path = root.sub(name);
+            // √2 keeps the variance through a ReLU.
+            let weight = path.param("weight", shape, Init::KaimingNormal { scale: 2f64.sqrt() })?;
+            Ok((weight, path.param("bias", &shape[..1], Init::Zeros)?))
+        };
+        let mut convs = Vec::new();
+        let mut channels = size[1];
+        for (index, &width) in WIDTH.iter().enumerate() {
+            convs.push(layer(format!("conv{index}"), &[width, channels, 3, 3])?);
+            channels = width;
+        }
+        let flat = channels * (size[2] / 2) * (size[3] / 2);
+        let linears = vec![
+            layer("linear0".into(), &[HIDDEN, flat])?,
+            layer("linear1".into(), &[num_classes, HIDDEN])?,
+        ];
+        Ok(Self { convs, linears })
+    }
+
+    fn f_logits(&self, x: &Tensor) -> Result<Tensor> {
+        let mut h = x.shallow_clone();
+        for (index, (weight, bias)) in self.convs.iter().enumerate() {
+            h = h.f_conv2d(weight, Some(bias), [1, 1], [1, 1], [1, 1], 1)?.relu();
+            if index == 1 {
+                h = h.f_avg_pool2d([2, 2], [2, 2], [0, 0], false, true, None::<i64>)?;
+            }
+        }
+        let h = h.flatten(1, -1).f_linear(&self.linears[0].0, Some(&self.linears[0].1))?.relu();
+        Ok(h.f_linear(&self.linears[1].0, Some(&self.linears[1].1))?)
+    }
+
+    fn logits(&self, x: &Tensor) -> Tensor {
+        self.f_logits(x).expect("shapes were fixed when the layers were built")
+    }
+}
+
+/// The batch moved by up to one pixel in each direction, the same for all of a step: a small set overfits less.
+fn shifted(batch: &Tensor, seed: u64, step: u32) -> Tensor {
+    let stream = Stream { seed, purpose: Purpose::Augment, step, sample: 0 };
+    let (dy, dx) = (stream.below(0, 3) as i64, stream.below(1, 3) as i64);
+    let size = batch.size();
+    // Outside of a digit is black, −1, not the 0 of the padding: pad the image moved up by one.
+    let padded = (batch + 1.0).constant_pad_nd([1, 1, 1, 1]) - 1.0;
+    padded.narrow(2, dy, size[2]).narrow(3, dx, size[3])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Bright left halves against bright right halves, with noise.
+    fn halves(count: i64, seed: i64) -> (Tensor, Vec<i64>) {
+        tch::manual_seed(seed);
+        let labels: Vec<i64> = (0..count).map(|i| i % 2).collect();
+        let images = Tensor::randn([count, 1, 8, 8], (Kind::Float, Device::Cpu)) * 0.3 - 0.5;
+        for (index, &label) in labels.iter().enumerate() {
+            let _ = images.get(index as i64).narrow(2, label * 4, 4).g_add_scalar_(1.0);
+        }
+        (images, labels)
+    }
+
+    #[test]
+    fn two_separable_classes_are_learnt_and_probabilities_sum_to_one() {
+        let (images, labels) = halves(256, 0);
+        let spec = ClassifierSpec { epochs: 4, ..Default::default() };
+        let classifier = Classifier::train(&images, &labels, 2, spec).unwrap();
+        let (test, truth) = halves(128, 1);
+        assert!(classifier.accuracy(&test, &truth).unwrap() > 0.97);
+        let sums = classifier.probabilities(&test).unwrap().sum_dim_intlist([1i64].as_slice(), false, Kind::Float);
+        assert!((sums - 1.0).abs().max().double_value(&[]) < 1e-5);
+    }
+
+    #[test]
+    fn labels_out_of_range_are_refused() {
+        let (images, _) = halves(4, 0);
+        let error = Classifier::train(&images, &[0, 1, 2, 0], 2, ClassifierSpec::default()).unwrap_err();
+        assert!(error.to_string().contains("expected 0 to 1, got 2"), "{error}");
+    }
+}

@@ -1,0 +1,17 @@
+//! How good samples are, judged without any downloaded network.
+//!
+//! A small [`Classifier`] that is trained on the data set at hand says whether a sample is clearly one of the
+//! classes; distances to training images say whether it lies where real held-out images lie, and whether it is
+//! a copy. [`Yardstick`] holds both and gives the same [`Figures`] for any set of images, so that samples stand
+//! beside real images, a Gaussian fit and noise.
+#![deny(missing_docs)]
+
+mod baseline;
+mod classifier;
+mod error;
+mod figures;
+
+pub use baseline::{gaussian_fit, noise};
+pub use classifier::{Classifier, ClassifierSpec};
+pub use error::{Error, Result};
+pub use figures::{Figures, Yardstick};
