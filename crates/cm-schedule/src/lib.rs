@@ -22,6 +22,6 @@ pub mod rng;
 pub mod sigma;
 
 pub use error::{Error, Result};
-pub use precond::{Boundary, Edm, NoiseCond, Precond, Scalings};
+pub use precond::{Boundary, Edm, NoiseCond, Precond, Scalings, reference};
 pub use rng::{Purpose, Stream};
 pub use sigma::{KarrasGrid, SigmaRange};
