@@ -7,7 +7,10 @@
 //! | question | module |
 //! | --- | --- |
 //! | which noise levels are there? | [`sigma`] |
+//! | which of them does a training image get? | [`sigma_dist`] |
 //! | how is a network wrapped at one level? | [`precond`] |
+//! | how much does a level count? | [`weighting`] |
+//! | what changes as training goes? | [`curriculum`], [`ema`], [`lr`] |
 //! | which random number belongs here? | [`rng`] |
 //!
 //! Names: `sigma` is always a noise level in data units, `step` an optimisation step, `index` a position on a grid
@@ -16,12 +19,22 @@
 #![deny(missing_docs)]
 #![forbid(unsafe_code)]
 
+pub mod curriculum;
+pub mod ema;
 pub mod error;
+pub mod lr;
 pub mod precond;
 pub mod rng;
 pub mod sigma;
+pub mod sigma_dist;
+pub mod weighting;
 
+pub use curriculum::{Ect, EctAdjust, NumScales, Reading, TargetEma};
+pub use ema::EmaRule;
 pub use error::{Error, Result};
+pub use lr::LrRule;
 pub use precond::{Boundary, Edm, NoiseCond, Precond, Scalings, reference};
 pub use rng::{Purpose, Stream};
 pub use sigma::{KarrasGrid, SigmaRange};
+pub use sigma_dist::{IndexDist, IndexTable, LogNormal};
+pub use weighting::Weighting;

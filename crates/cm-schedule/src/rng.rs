@@ -50,7 +50,7 @@ const PHILOX_W1: u32 = 0xBB67_AE85;
 /// Philox with four 32-bit words and ten rounds: a bijection of the counter, chosen by the key.
 ///
 /// # Source
-/// Salmon et al., SC 2011, section 4.3; constants as in their Random123 library.
+/// Salmon et al., SC 2011; constants as in their Random123 library.
 ///
 /// ```
 /// use cm_schedule::rng::philox4x32_10;
