@@ -209,7 +209,8 @@ impl TargetEma {
 /// ECT's mapping from a noise level t to the level r < t that it is compared with.
 ///
 /// r = max(0, t (1 − n(t)/q^(stage + 1))), where the stage rises from 0 as training goes, so that r draws near
-/// to t. At r = 0 the target is the clean image, and stage 0 is close to diffusion training.
+/// to t. At r = 0 the target is the clean image, and stage 0 is close to diffusion training. The loss weight that
+/// belongs to it on CIFAR-10 is [`Weighting::InverseStep`](crate::Weighting::InverseStep) with next σ = r.
 ///
 /// In a file: `{ q = 2.0, stages = 8, adjust = { kind = "sigmoid", k = 8.0, b = 1.0 } }`.
 ///
@@ -287,12 +288,6 @@ impl Ect {
     #[must_use]
     pub fn r(&self, t: f64, stage: u32) -> f64 {
         (t * (1.0 - self.adjust.factor(t) * self.step_share(stage))).max(0.0)
-    }
-
-    /// 1/(t − r): ECT's loss weight on CIFAR-10, without the cancellation of subtracting r from t.
-    #[must_use]
-    pub fn inverse_step(&self, t: f64, stage: u32) -> f64 {
-        1.0 / (t * (self.adjust.factor(t) * self.step_share(stage)).min(1.0))
     }
 
     /// Checks the numbers.
@@ -447,7 +442,6 @@ mod tests {
                 let r = ect.r(t, stage);
                 prop_assert!((0.0..t).contains(&r));
                 prop_assert!(ect.r(t, stage + 1) >= r);
-                prop_assert!((ect.inverse_step(t, stage) * (t - r) - 1.0).abs() < 1e-6);
             }
         }
     }

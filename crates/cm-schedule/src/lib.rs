@@ -11,6 +11,7 @@
 //! | how is a network wrapped at one level? | [`precond`] |
 //! | how much does a level count? | [`weighting`] |
 //! | what changes as training goes? | [`curriculum`], [`ema`], [`lr`] |
+//! | how does a sampler walk down the levels? | [`solver`] |
 //! | which random number belongs here? | [`rng`] |
 //!
 //! Names: `sigma` is always a noise level in data units, `step` an optimisation step, `index` a position on a grid
@@ -27,6 +28,7 @@ pub mod precond;
 pub mod rng;
 pub mod sigma;
 pub mod sigma_dist;
+pub mod solver;
 pub mod weighting;
 
 pub use curriculum::{Ect, EctAdjust, NumScales, Reading, TargetEma};
