@@ -51,7 +51,9 @@ mod tests {
     #[test]
     fn the_fit_has_the_moments_of_its_data() {
         let z = standard_normal(4000, 4, 3).unwrap();
-        let mix = Tensor::from_slice(&[0.2f32, 0.1, 0.0, 0.0, 0.0, 0.1, 0.0, 0.0, 0.1, 0.0, 0.15, 0.0, 0.0, 0.0, 0.0, 0.0]);
+        let mix = Tensor::from_slice(&[
+            0.2f32, 0.1, 0.0, 0.0, 0.0, 0.1, 0.0, 0.0, 0.1, 0.0, 0.15, 0.0, 0.0, 0.0, 0.0, 0.0,
+        ]);
         let data = (z.matmul(&mix.view([4, 4])) + 0.1).view([4000, 1, 2, 2]);
         let fit = gaussian_fit(&data, 20_000, 5).unwrap();
         let moments = |x: &Tensor| {

@@ -1,4 +1,4 @@
-use cm_model::torch::optim::{OptimKind, Optimizer};
+use cm_model::torch::optim::{OptimKind, Optimizer, StepOptions};
 use cm_model::{Init, ParamPath, Params, ParamsBuilder};
 use cm_schedule::rng::{Purpose, Stream, permutation};
 use tch::{Device, Kind, Tensor};
@@ -70,8 +70,8 @@ impl Classifier {
     fn fit(&self, images: &Tensor, labels: &Tensor, spec: ClassifierSpec) -> Result<()> {
         let params: Vec<(&str, &Tensor)> = self.params.trainable().collect();
         let mut optimizer = Optimizer::new(OptimKind::adam(), &params)?;
-        let count = images.size()[0] as usize;
-        let steps_per_epoch = count.div_ceil(spec.batch);
+        let count = images.size()[0] as u32;
+        let steps_per_epoch = (count as usize).div_ceil(spec.batch);
         let total = (spec.epochs as usize * steps_per_epoch) as f64;
         for epoch in 0..spec.epochs {
             let order: Vec<i64> =
@@ -84,8 +84,7 @@ impl Classifier {
                 let loss = logits.cross_entropy_for_logits(&labels.index_select(0, &rows));
                 loss.f_backward()?;
                 let lr = spec.lr * 0.5 * (1.0 + (std::f64::consts::PI * step as f64 / total).cos());
-                optimizer.step(lr, &params, &mut [])?;
-                params.iter().for_each(|(_, p)| p.shallow_clone().zero_grad());
+                optimizer.step(&StepOptions::new(lr), &params, &[])?;
             }
         }
         Ok(())
@@ -126,10 +125,8 @@ impl Layers {
             channels = width;
         }
         let flat = channels * (size[2] / 2) * (size[3] / 2);
-        let linears = vec![
-            layer("linear0".into(), &[HIDDEN, flat])?,
-            layer("linear1".into(), &[num_classes, HIDDEN])?,
-        ];
+        let linears =
+            vec![layer("linear0".into(), &[HIDDEN, flat])?, layer("linear1".into(), &[num_classes, HIDDEN])?];
         Ok(Self { convs, linears })
     }
 
@@ -182,7 +179,8 @@ mod tests {
         let classifier = Classifier::train(&images, &labels, 2, spec).unwrap();
         let (test, truth) = halves(128, 1);
         assert!(classifier.accuracy(&test, &truth).unwrap() > 0.97);
-        let sums = classifier.probabilities(&test).unwrap().sum_dim_intlist([1i64].as_slice(), false, Kind::Float);
+        let sums =
+            classifier.probabilities(&test).unwrap().sum_dim_intlist([1i64].as_slice(), false, Kind::Float);
         assert!((sums - 1.0).abs().max().double_value(&[]) < 1e-5);
     }
 

@@ -101,7 +101,7 @@ impl Yardstick {
         for start in (0..size[0]).step_by(CHUNK as usize) {
             let chunk = flat.narrow(0, start, CHUNK.min(size[0] - start));
             // Mode 2: the exact form; the matrix-product form cancels near 0, where copies would show.
-            let nearest = chunk.f_cdist(&self.train, 2.0, 2)?.amin([1i64].as_slice(), false);
+            let nearest = Tensor::f_cdist(&chunk, &self.train, 2.0, 2)?.amin([1i64].as_slice(), false);
             all.extend(Vec::<f64>::try_from(nearest.to_kind(Kind::Double))?);
         }
         Ok(all)

@@ -55,16 +55,16 @@ impl Bundle {
         let mut file = std::fs::File::open(path).map_err(|e| Error::io(path, "opening", e))?;
         let total = file.metadata().map_err(|e| Error::io(path, "reading", e))?.len();
         let mut length = [0u8; 8];
-        file.read_exact(&mut length).map_err(|_| problem(format!("not a safetensors file ({total} bytes)")))?;
+        file.read_exact(&mut length)
+            .map_err(|_| problem(format!("not a safetensors file ({total} bytes)")))?;
         let length = u64::from_le_bytes(length);
         if length > total.saturating_sub(8) || length > 100_000_000 {
             return Err(problem(format!("header claims {length} bytes, the file has {total}")));
         }
-        let mut head = vec![0u8; 8 + length as usize];
-        head[..8].copy_from_slice(&length.to_le_bytes());
-        file.read_exact(&mut head[8..]).map_err(|e| Error::io(path, "reading", e))?;
-        let (_, header) = SafeTensors::read_metadata(&head)
-            .map_err(|e| problem(format!("not a safetensors file ({e})")))?;
+        let mut head = vec![0u8; length as usize];
+        file.read_exact(&mut head).map_err(|e| Error::io(path, "reading", e))?;
+        let header: safetensors::tensor::Metadata =
+            serde_json::from_slice(&head).map_err(|e| problem(format!("not a safetensors file ({e})")))?;
         let end = header.tensors().values().map(|t| t.data_offsets.1).max().unwrap_or(0) as u64;
         if total != 8 + length + end {
             return Err(problem(format!("truncated: {total} bytes, its header says {}", 8 + length + end)));

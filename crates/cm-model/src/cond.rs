@@ -26,7 +26,8 @@ impl Sigma<'_> {
             Sigma::One(sigma) => vec![g(*sigma) as f32],
             Sigma::Each(sigmas) => sigmas.iter().map(|&sigma| g(sigma) as f32).collect(),
         };
-        Tensor::from_slice(&values).to_device(device)
+        // Not waiting for the device keeps its queue filled; a list this short is staged when the call returns.
+        Tensor::from_slice(&values).to_device_(device, Kind::Float, true, false)
     }
 
     /// Checks that every level is finite and positive and that there is one for each of `batch` images.
@@ -107,7 +108,7 @@ impl Cond {
         };
         match labels.size().as_slice() {
             [n] if *n == batch && labels.kind() == Kind::Int64 => {
-                Ok(labels.to_device(device).one_hot(num_classes).to_kind(Kind::Float))
+                Ok(labels.to_device(device).f_one_hot(num_classes)?.to_kind(Kind::Float))
             }
             [n, classes] if *n == batch && *classes == num_classes => {
                 Ok(labels.to_device(device).to_kind(Kind::Float))

@@ -70,7 +70,7 @@ pub struct Params {
 #[derive(Debug)]
 pub struct ParamsBuilder {
     entries: RefCell<BTreeMap<String, Entry>>,
-    seed: u64,
+    seed: Option<u64>,
     device: Device,
 }
 
@@ -84,7 +84,13 @@ pub struct ParamPath<'a> {
 impl ParamsBuilder {
     /// A builder whose parameters start from `seed` on `device`.
     pub fn new(seed: u64, device: Device) -> Self {
-        Self { entries: RefCell::default(), seed, device }
+        Self { entries: RefCell::default(), seed: Some(seed), device }
+    }
+
+    /// A builder whose parameters have shapes and no values yet: for a network that is loaded next, or whose
+    /// parameters are only counted. Memory is reserved, not written.
+    pub fn unset(device: Device) -> Self {
+        Self { entries: RefCell::default(), seed: None, device }
     }
 
     /// The root of the names.
@@ -109,13 +115,18 @@ impl ParamPath<'_> {
         self.builder.device
     }
 
+    /// The full name of this place; empty for the root.
+    pub fn name(&self) -> &str {
+        &self.prefix
+    }
+
     /// Registers a float32 weight that is trained.
     ///
     /// # Errors
     /// [`Error::DuplicateParameter`] if the name is taken.
     pub fn param(&self, name: &str, shape: &[i64], init: Init) -> Result<Tensor> {
         let full = self.full(name);
-        let tensor = initial(self.builder.seed, &full, shape, init).to_device(self.builder.device);
+        let tensor = self.start(&full, shape, init);
         self.register(full, tensor.set_requires_grad(true), true)
     }
 
@@ -132,8 +143,14 @@ impl ParamPath<'_> {
     /// # Errors
     /// [`Error::DuplicateParameter`] if the name is taken.
     pub fn normal_buffer(&self, name: &str, shape: &[i64], std: f64) -> Result<Tensor> {
-        let value = initial(self.builder.seed, &self.full(name), shape, Init::Normal { std });
-        self.buffer(name, &value)
+        self.buffer(name, &self.start(&self.full(name), shape, Init::Normal { std }))
+    }
+
+    fn start(&self, full: &str, shape: &[i64], init: Init) -> Tensor {
+        match self.builder.seed {
+            Some(seed) => initial(seed, full, shape, init).to_device(self.builder.device),
+            None => Tensor::empty(shape, (Kind::Float, self.builder.device)),
+        }
     }
 
     fn full(&self, name: impl std::fmt::Display) -> String {
