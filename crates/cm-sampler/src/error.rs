@@ -1,0 +1,58 @@
+/// Result of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What can be wrong with a request for samples.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// There is nothing to draw.
+    #[error("no seeds were given: each image needs one")]
+    NoSeeds,
+    /// A seed has no noise of its own.
+    #[error("seed {seed} is too large: seeds run from 0 to 2^56 − 1")]
+    Seed {
+        /// The seed.
+        seed: u64,
+    },
+    /// A batch of nothing.
+    #[error("batch = 0: expected at least one image at a time")]
+    EmptyBatch,
+    /// Labels do not go with the seeds.
+    #[error("{labels} class labels for {seeds} seeds: expected one label for each image")]
+    NumLabels {
+        /// Number of labels.
+        labels: usize,
+        /// Number of seeds.
+        seeds: usize,
+    },
+    /// A model without classes was asked for one.
+    #[error("class labels were given, and the model has no classes: leave the labels out")]
+    Unconditional,
+    /// A noise level that the model does not know.
+    #[error("noise level {sigma}: the model knows levels from σ_min = {min} to σ_max = {max}")]
+    Level {
+        /// The level.
+        sigma: f64,
+        /// The model's lowest.
+        min: f64,
+        /// The model's highest.
+        max: f64,
+    },
+    /// A plan of an ODE solver for a consistency function.
+    #[error(
+        "a consistency function can only jump, and the plan has steps of an ODE solver, which need a denoiser"
+    )]
+    Plan,
+    /// Time points or noise levels that no sampler can walk along.
+    #[error(transparent)]
+    Schedule(#[from] cm_schedule::Error),
+    /// The model or the noise source refused.
+    #[error(transparent)]
+    Model(#[from] cm_model::Error),
+}
+
+impl From<tch::TchError> for Error {
+    fn from(error: tch::TchError) -> Self {
+        Error::Model(error.into())
+    }
+}

@@ -1,0 +1,37 @@
+//! Sampling of consistency models.
+//!
+//! ```
+//! use cm_sampler::{Request, Times, model::{GaussianOracle, ImageShape}, multistep, one_step, schedule::SigmaRange};
+//! // Any `ConsistencyFn`: a network that was loaded from a file, one of your own, or, here, a closed form.
+//! let f = GaussianOracle { data_std: 0.5, shape: ImageShape::square(3, 8), sigma_range: SigmaRange::EDM };
+//! let seeds: Vec<u64> = (0..16).collect();
+//! let quick = one_step(&f, &Request::new(&seeds))?;
+//! let better = multistep(&f, &Times::Sigmas(vec![80.0, 0.8]), &Request::new(&seeds))?;
+//! assert_eq!(quick.size(), better.size());
+//! # Ok::<(), cm_sampler::Error>(())
+//! ```
+//!
+//! The noise of an image is a function of its seed, the same to the last bit at any batch size; the image itself
+//! is the same up to the rounding that libtorch's kernels do at different batch sizes (a relative 1e-5 in
+//! float32). No global generator is read or seeded.
+//!
+//! This crate is the only dependency that a project needs: [`model`] has the traits and types of models,
+//! [`schedule`] the noise levels, [`tch`] the tensors. With the default feature `nets` there are also `nets`, the
+//! networks, and `load`, which makes a denoiser or a consistency function of a model file.
+#![deny(missing_docs)]
+
+mod error;
+mod method;
+mod request;
+mod sample;
+
+pub use cm_model as model;
+#[cfg(feature = "nets")]
+pub use cm_net::{self as nets, load};
+pub use cm_schedule as schedule;
+pub use tch;
+
+pub use error::{Error, Result};
+pub use method::{Method, Solver, Times};
+pub use request::{Hooks, Precision, Progress, Request};
+pub use sample::{multistep, one_step, sample, sample_batches};
