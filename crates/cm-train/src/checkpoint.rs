@@ -1,0 +1,315 @@
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+
+use cm_model::files;
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result, TrainSpec};
+
+/// The file of a checkpoint that is written last and lists the others.
+pub const STATE_FILE: &str = "state.json";
+/// The student's weights.
+pub const RAW_FILE: &str = "raw.safetensors";
+/// The target network's weights, where there is one.
+pub const TARGET_FILE: &str = "target.safetensors";
+/// The optimiser's moments.
+pub const OPTIMIZER_FILE: &str = "optimizer.safetensors";
+/// Version of the folder's layout.
+const FORMAT: u32 = 1;
+
+/// The file of one weight average, such as `ema-0.9999.safetensors`.
+pub fn ema_file(rate: &str) -> String {
+    format!("ema-{rate}.safetensors")
+}
+
+/// Size and checksum of a file, by which a torn one is noticed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileRecord {
+    /// Length in bytes.
+    pub bytes: u64,
+    /// CRC-32 of the content.
+    pub crc32: u32,
+}
+
+/// What `state.json` holds: where the run stood, and every other file of the checkpoint.
+///
+/// No state of a random generator is among it: noise, indices, dropout and data order are functions of the seed and
+/// the step.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct State {
+    /// Version of the layout.
+    pub format: u32,
+    /// Steps taken.
+    pub step: u64,
+    /// Images seen.
+    pub images: u64,
+    /// The settings that the run was trained with.
+    pub train: TrainSpec,
+    /// The other files, by name.
+    pub files: BTreeMap<String, FileRecord>,
+}
+
+/// Which checkpoints stay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Keep {
+    /// So many of the newest; at least 1.
+    pub last: usize,
+    /// Those at multiples of this step, for ever; 0 for none.
+    pub milestone_every: u64,
+}
+
+/// A whole checkpoint.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Checkpoint {
+    /// Its folder.
+    pub path: PathBuf,
+    /// Its `state.json`.
+    pub state: State,
+}
+
+/// A folder that looks like a checkpoint and is not whole.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Broken {
+    /// The folder.
+    pub path: PathBuf,
+    /// What is missing or wrong.
+    pub problem: String,
+}
+
+/// The folder `checkpoints/` of a run: one folder `step-00001000` for each checkpoint.
+///
+/// A checkpoint is written under a hidden name, synced to the disk and renamed, so that a folder with its final name
+/// was whole when it got it. What happened to it later (a disk error, a partial copy, a stray deletion) is found by
+/// sizes and checksums.
+#[derive(Debug, Clone)]
+pub struct Checkpoints {
+    root: PathBuf,
+}
+
+impl Checkpoints {
+    /// The checkpoints of the run in `run_folder`.
+    pub fn of_run(run_folder: &Path) -> Self {
+        Self { root: run_folder.join("checkpoints") }
+    }
+
+    /// The folder of the checkpoint of `step`.
+    pub fn path(&self, step: u64) -> PathBuf {
+        self.root.join(format!("step-{step:08}"))
+    }
+
+    /// The steps that have a folder, whole or not, in ascending order.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the folder exists and cannot be read.
+    pub fn steps(&self) -> Result<Vec<u64>> {
+        let entries = match fs::read_dir(&self.root) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.map_err(|e| Error::io(&self.root, "reading the folder", e))?,
+        };
+        let mut steps = Vec::new();
+        for entry in entries {
+            let name = entry.map_err(|e| Error::io(&self.root, "reading the folder", e))?.file_name();
+            let digits = name.to_str().and_then(|name| name.strip_prefix("step-"));
+            steps.extend(digits.and_then(|digits| digits.parse::<u64>().ok()));
+        }
+        steps.sort_unstable();
+        Ok(steps)
+    }
+
+    /// The newest whole checkpoint, and the newer ones that had to be passed over because they are not whole.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the folder cannot be read.
+    pub fn newest_whole(&self) -> Result<(Option<Checkpoint>, Vec<Broken>)> {
+        let mut broken = Vec::new();
+        for step in self.steps()?.into_iter().rev() {
+            match Checkpoint::open(&self.path(step)) {
+                Ok(checkpoint) => return Ok((Some(checkpoint), broken)),
+                Err(Error::Checkpoint { path, problem }) => broken.push(Broken { path, problem }),
+                Err(other) => return Err(other),
+            }
+        }
+        Ok((None, broken))
+    }
+
+    /// Writes the checkpoint of `step`: `write` puts the files into the folder that it is given, and they are listed
+    /// in `state.json`, synced and moved into place as one. A whole checkpoint of that step stays as it is; a broken
+    /// one is replaced.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or what `write` returns; the folder of that step is then as it was.
+    pub fn save(
+        &self,
+        step: u64,
+        images: u64,
+        train: &TrainSpec,
+        write: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<PathBuf> {
+        let place = self.path(step);
+        if Checkpoint::looks_whole(&place) {
+            return Ok(place);
+        }
+        let temp = self.hidden(step, "partial");
+        remove_tree(&temp)?;
+        fs::create_dir_all(&temp).map_err(|e| Error::io(&temp, "creating the folder", e))?;
+        let written = write(&temp).and_then(|()| {
+            let state = State { format: FORMAT, step, images, train: train.clone(), files: records(&temp)? };
+            let json = serde_json::to_vec_pretty(&state)
+                .map_err(|e| Error::checkpoint(&temp, format!("{STATE_FILE} cannot be written: {e}")))?;
+            Ok(files::write_atomic(&temp.join(STATE_FILE), |out| out.write_all(&json))?)
+        });
+        if let Err(error) = written {
+            // The cause is what the caller has to know; a leftover folder is removed by the next save.
+            let _ = remove_tree(&temp);
+            return Err(error);
+        }
+        files::sync_folder(&temp)?;
+        self.set_aside(step)?;
+        fs::rename(&temp, &place).map_err(|e| Error::io(&place, "renaming into place", e))?;
+        files::sync_folder(&self.root)?;
+        remove_tree(&self.hidden(step, "old"))?;
+        Ok(place)
+    }
+
+    /// Removes old checkpoints, and what a killed run left behind half-written or half-removed.
+    ///
+    /// Folders that are not whole are neither counted nor removed: they may be all that is left of something, and
+    /// the newest whole checkpoint always stays.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if a folder cannot be read or removed.
+    pub fn prune(&self, keep: Keep) -> Result<Vec<PathBuf>> {
+        let whole: Vec<u64> =
+            self.steps()?.into_iter().filter(|&step| Checkpoint::looks_whole(&self.path(step))).collect();
+        let old = &whole[..whole.len().saturating_sub(keep.last.max(1))];
+        let is_milestone = |step: u64| keep.milestone_every > 0 && step.is_multiple_of(keep.milestone_every);
+        let mut removed = Vec::new();
+        for &step in old.iter().filter(|&&step| !is_milestone(step)) {
+            self.set_aside(step)?;
+            remove_tree(&self.hidden(step, "old"))?;
+            removed.push(self.path(step));
+        }
+        self.remove_leftovers()?;
+        Ok(removed)
+    }
+
+    /// Moves the folder of `step`, if there is one, to its hidden name, so that a removal that is interrupted leaves
+    /// nothing behind that looks like a checkpoint.
+    fn set_aside(&self, step: u64) -> Result<()> {
+        let (place, old) = (self.path(step), self.hidden(step, "old"));
+        if place.exists() {
+            remove_tree(&old)?;
+            fs::rename(&place, &old).map_err(|e| Error::io(&place, "moving aside", e))?;
+        }
+        Ok(())
+    }
+
+    fn remove_leftovers(&self) -> Result<()> {
+        let entries = fs::read_dir(&self.root).map_err(|e| Error::io(&self.root, "reading the folder", e))?;
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            if name.starts_with(".step-") && (name.ends_with(".partial") || name.ends_with(".old")) {
+                remove_tree(&entry.path())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn hidden(&self, step: u64, suffix: &str) -> PathBuf {
+        self.root.join(format!(".step-{step:08}.{suffix}"))
+    }
+}
+
+impl Checkpoint {
+    /// Opens a checkpoint and checks every file's size and checksum.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] with what is missing or wrong.
+    pub fn open(path: &Path) -> Result<Self> {
+        let state = Self::read_state(path)?;
+        for (name, record) in &state.files {
+            let file = path.join(name);
+            let found = measure(&file).map_err(|e| Error::checkpoint(path, format!("{name}: {e}")))?;
+            if found.bytes != record.bytes {
+                let problem = format!("{name} has {} bytes, {} were written", found.bytes, record.bytes);
+                return Err(Error::checkpoint(path, problem));
+            }
+            if found.crc32 != record.crc32 {
+                let problem = format!("{name} is not what was written (its checksum differs)");
+                return Err(Error::checkpoint(path, problem));
+            }
+        }
+        Ok(Self { path: path.to_owned(), state })
+    }
+
+    /// The path of one of its files.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if the checkpoint has no such file.
+    pub fn file(&self, name: &str) -> Result<PathBuf> {
+        if self.state.files.contains_key(name) {
+            return Ok(self.path.join(name));
+        }
+        let names: Vec<_> = self.state.files.keys().map(String::as_str).collect();
+        let problem = format!("it holds no {name} ({}); the run's settings have changed", names.join(", "));
+        Err(Error::checkpoint(&self.path, problem))
+    }
+
+    /// Whether every file is there in its full length, without reading the contents.
+    fn looks_whole(path: &Path) -> bool {
+        let length = |name: &str| fs::metadata(path.join(name)).map(|m| m.len()).ok();
+        Self::read_state(path)
+            .is_ok_and(|state| state.files.iter().all(|(name, record)| length(name) == Some(record.bytes)))
+    }
+
+    fn read_state(path: &Path) -> Result<State> {
+        let problem = |problem: String| Error::checkpoint(path, problem);
+        let text = fs::read(path.join(STATE_FILE)).map_err(|e| problem(format!("{STATE_FILE}: {e}")))?;
+        let format = serde_json::from_slice::<serde_json::Value>(&text)
+            .map_err(|e| problem(format!("{STATE_FILE}: {e}")))?
+            .get("format")
+            .and_then(serde_json::Value::as_u64);
+        if format != Some(u64::from(FORMAT)) {
+            let got = format.map_or_else(|| "none".to_owned(), |f| f.to_string());
+            return Err(problem(format!("{STATE_FILE}: this version reads format {FORMAT}, got {got}")));
+        }
+        serde_json::from_slice(&text).map_err(|e| problem(format!("{STATE_FILE}: {e}")))
+    }
+}
+
+/// Records every file of a folder, as it is on the disk.
+fn records(folder: &Path) -> Result<BTreeMap<String, FileRecord>> {
+    let entries = fs::read_dir(folder).map_err(|e| Error::io(folder, "reading the folder", e))?;
+    let mut records = BTreeMap::new();
+    for entry in entries {
+        let entry = entry.map_err(|e| Error::io(folder, "reading the folder", e))?;
+        let record = measure(&entry.path()).map_err(|e| Error::io(entry.path(), "reading back", e))?;
+        records.insert(entry.file_name().to_string_lossy().into_owned(), record);
+    }
+    Ok(records)
+}
+
+fn measure(path: &Path) -> std::io::Result<FileRecord> {
+    let mut file = BufReader::with_capacity(1 << 20, File::open(path)?);
+    let (mut hasher, mut bytes, mut buffer) = (crc32fast::Hasher::new(), 0, vec![0u8; 1 << 20]);
+    loop {
+        let n = file.read(&mut buffer)?;
+        if n == 0 {
+            return Ok(FileRecord { bytes, crc32: hasher.finalize() });
+        }
+        hasher.update(&buffer[..n]);
+        bytes += n as u64;
+    }
+}
+
+fn remove_tree(path: &Path) -> Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path, "removing", e)),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,139 @@
+use std::path::PathBuf;
+
+/// Result of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// An error of the caller's own code, such as a data source.
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// What can go wrong while training.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A setting of the run cannot be used.
+    #[error("{key} = {got}: expected {expected}; {advice}")]
+    Setting {
+        /// The setting, as it stands in a config file.
+        key: &'static str,
+        /// What came.
+        got: String,
+        /// What was expected.
+        expected: String,
+        /// What to do about it.
+        advice: String,
+    },
+    /// A metric that is known by name and has no code in this version.
+    #[error(
+        "train.metric = {metric}: this version has no code for it yet; choose one of {available}, for example \
+         with --set train.metric=l2"
+    )]
+    MissingMetric {
+        /// The metric that was asked for.
+        metric: &'static str,
+        /// The metrics that can be used.
+        available: &'static str,
+    },
+    /// A tensor that was handed in does not fit.
+    #[error("{what}: expected {expected}, got {got}")]
+    Input {
+        /// What the tensor or list is for.
+        what: &'static str,
+        /// What was expected.
+        expected: String,
+        /// What came.
+        got: String,
+    },
+    /// The loss or a gradient was NaN or infinite. Weights, averages and moments are as before the step.
+    #[error("step {step}: {what} is not finite, so the step was not taken")]
+    NonFinite {
+        /// The step that was not taken; the first step of a run is 1.
+        step: u64,
+        /// The loss, or the first parameter (by name) whose gradient is not finite.
+        what: String,
+    },
+    /// A run stopped because of [`Error::NonFinite`].
+    #[error(
+        "{source}; {}; a lower train.lr or train.grad_clip may help",
+        match .checkpoint {
+            Some(path) => format!("the last good checkpoint is {}", path.display()),
+            None => "no checkpoint had been written yet".to_owned(),
+        }
+    )]
+    Diverged {
+        /// Which step and which tensor.
+        source: Box<Error>,
+        /// The last checkpoint that was written before it.
+        checkpoint: Option<PathBuf>,
+    },
+    /// A checkpoint cannot be used.
+    #[error("checkpoint {path}: {problem}")]
+    Checkpoint {
+        /// The checkpoint's folder, or the file in it.
+        path: PathBuf,
+        /// What is wrong and what to do.
+        problem: String,
+    },
+    /// A file could not be read or written.
+    #[error("{path}: {action} failed: {source}")]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What was tried.
+        action: &'static str,
+        /// The operating system's reason.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The source of batches failed.
+    #[error("the batch of step {step}: {source}")]
+    Batch {
+        /// The step whose batch was asked for.
+        step: u64,
+        /// The source's reason.
+        #[source]
+        source: BoxError,
+    },
+    /// An observer failed, such as one that writes a picture.
+    #[error("after step {step}: {source}")]
+    Observer {
+        /// The last step that was taken.
+        step: u64,
+        /// The observer's reason.
+        #[source]
+        source: BoxError,
+    },
+    /// A network, file or noise source failed.
+    #[error(transparent)]
+    Model(#[from] cm_model::Error),
+    /// The optimiser failed.
+    #[error(transparent)]
+    Backend(#[from] cm_torch::Error),
+    /// A schedule was given values that it cannot hold.
+    #[error(transparent)]
+    Schedule(#[from] cm_schedule::Error),
+}
+
+impl Error {
+    pub(crate) fn setting(
+        key: &'static str,
+        got: impl std::fmt::Display,
+        expected: impl Into<String>,
+        advice: impl Into<String>,
+    ) -> Self {
+        Error::Setting { key, got: got.to_string(), expected: expected.into(), advice: advice.into() }
+    }
+
+    pub(crate) fn io(path: impl Into<PathBuf>, action: &'static str, source: std::io::Error) -> Self {
+        Error::Io { path: path.into(), action, source }
+    }
+
+    pub(crate) fn checkpoint(path: impl Into<PathBuf>, problem: impl Into<String>) -> Self {
+        Error::Checkpoint { path: path.into(), problem: problem.into() }
+    }
+}
+
+impl From<tch::TchError> for Error {
+    fn from(error: tch::TchError) -> Self {
+        Error::Model(error.into())
+    }
+}

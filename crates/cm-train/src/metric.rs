@@ -1,0 +1,327 @@
+use std::fmt;
+
+use cm_model::ImageShape;
+use serde::de::{self, Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde::ser::{SerializeMap, Serializer};
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use crate::{Error, Result};
+
+/// The metrics that [`Metric::build`] knows how to build.
+const AVAILABLE: &str = "l1, l2, l2_32, pseudo_huber";
+/// Every metric's name.
+const NAMES: &[&str] = &["l1", "l2", "l2_32", "pseudo_huber", "lpips"];
+/// iCT's c for an image of D values is this times √D.
+const HUBER_C_PER_ROOT: f64 = 0.000_54;
+
+/// How far apart two images are, as a value in a config file.
+///
+/// In a file it is a name, `metric = "l2"`, or a table with that name as its kind,
+/// `metric = { kind = "pseudo_huber", c = 0.03 }`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub enum Metric {
+    /// `mean |a − b|`.
+    L1,
+    /// `mean (a − b)²`.
+    L2,
+    /// [`Metric::L2`] of both images resized to 32×32 bilinearly (corners not aligned), as the released
+    /// consistency-model code has it for ablations.
+    L2At32,
+    /// `√(‖a − b‖² + c²) − c` with the norm over the whole image, not over single values (iCT, arXiv 2310.14189,
+    /// section 3.3).
+    PseudoHuber {
+        /// The width of the quadratic part, in units of the norm. `None` is iCT's 0.00054·√D for images of D
+        /// values; 0 gives the norm itself (ECT on CIFAR-10), with a gradient of 0 where the images are equal.
+        c: Option<f64>,
+    },
+    /// LPIPS: known by name, built by a later version.
+    Lpips,
+}
+
+impl Metric {
+    /// The metric's name in config files.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Metric::L1 => "l1",
+            Metric::L2 => "l2",
+            Metric::L2At32 => "l2_32",
+            Metric::PseudoHuber { .. } => "pseudo_huber",
+            Metric::Lpips => "lpips",
+        }
+    }
+
+    fn from_name(name: &str) -> Option<Self> {
+        match name {
+            "l1" => Some(Metric::L1),
+            "l2" => Some(Metric::L2),
+            "l2_32" | "l2-32" => Some(Metric::L2At32),
+            "pseudo_huber" => Some(Metric::PseudoHuber { c: None }),
+            "lpips" => Some(Metric::Lpips),
+            _ => None,
+        }
+    }
+
+    /// The metric as a function of images of `shape`.
+    ///
+    /// # Errors
+    /// [`Error::MissingMetric`] for a metric without code; [`Error::Setting`] for a negative or infinite c.
+    pub fn build(&self, shape: ImageShape) -> Result<Distance> {
+        match *self {
+            Metric::L1 => Ok(Distance::L1),
+            Metric::L2 => Ok(Distance::L2),
+            Metric::L2At32 => Ok(Distance::L2At32),
+            Metric::PseudoHuber { c } => {
+                let c = c.unwrap_or_else(|| HUBER_C_PER_ROOT * (shape.numel() as f64).sqrt());
+                if !(c.is_finite() && c >= 0.0) {
+                    return Err(Error::setting(
+                        "train.metric.c",
+                        c,
+                        "a finite number, 0 or above",
+                        "leave it out for iCT's 0.00054·√D",
+                    ));
+                }
+                Ok(Distance::PseudoHuber { c })
+            }
+            Metric::Lpips => Err(Error::MissingMetric { metric: "lpips", available: AVAILABLE }),
+        }
+    }
+}
+
+impl fmt::Display for Metric {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Metric::PseudoHuber { c: Some(c) } => write!(f, "pseudo_huber (c = {c})"),
+            metric => f.write_str(metric.name()),
+        }
+    }
+}
+
+impl Serialize for Metric {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry("kind", self.name())?;
+        if let Metric::PseudoHuber { c: Some(c) } = self {
+            map.serialize_entry("c", c)?;
+        }
+        map.end()
+    }
+}
+
+impl<'de> Deserialize<'de> for Metric {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        deserializer.deserialize_any(MetricVisitor)
+    }
+}
+
+struct MetricVisitor;
+
+impl<'de> Visitor<'de> for MetricVisitor {
+    type Value = Metric;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the name of a metric ({}) or a table with it as kind", NAMES.join(", "))
+    }
+
+    fn visit_str<E: de::Error>(self, name: &str) -> std::result::Result<Metric, E> {
+        Metric::from_name(name).ok_or_else(|| E::unknown_variant(name, NAMES))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Metric, A::Error> {
+        let (mut kind, mut c, mut other) = (None::<String>, None::<f64>, None);
+        while let Some(key) = map.next_key::<String>()? {
+            match key.as_str() {
+                "kind" => kind = Some(map.next_value()?),
+                "c" => c = Some(map.next_value()?),
+                _ => {
+                    map.next_value::<IgnoredAny>()?;
+                    other = Some(key);
+                }
+            }
+        }
+        let kind = kind.ok_or_else(|| de::Error::missing_field("kind"))?;
+        let metric = self.visit_str(&kind)?;
+        let is_huber = matches!(metric, Metric::PseudoHuber { .. });
+        match other.or_else(|| (c.is_some() && !is_huber).then(|| "c".to_owned())) {
+            Some(key) => {
+                Err(de::Error::unknown_field(&key, if is_huber { &["kind", "c"] } else { &["kind"] }))
+            }
+            None if is_huber => Ok(Metric::PseudoHuber { c }),
+            None => Ok(metric),
+        }
+    }
+}
+
+/// A metric that is ready to measure; [`Metric::build`] makes it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub enum Distance {
+    /// `mean |a − b|`.
+    L1,
+    /// `mean (a − b)²`.
+    L2,
+    /// [`Distance::L2`] at 32×32.
+    L2At32,
+    /// `√(‖a − b‖² + c²) − c` over the whole image.
+    PseudoHuber {
+        /// The width of the quadratic part.
+        c: f64,
+    },
+}
+
+impl Distance {
+    /// The distance of each pair of images.
+    ///
+    /// Means are taken over channels, rows and columns. The gradient of [`Distance::PseudoHuber`] with respect to
+    /// an image, `(a − b)/√(‖a − b‖² + c²)`, is shorter than 1 (and 0 where `a = b`, also for c = 0).
+    ///
+    /// # Shapes
+    /// `a`, `b`: `[B, C, H, W]` float32; the result is `[B]`.
+    pub fn between(&self, a: &Tensor, b: &Tensor) -> Tensor {
+        const IMAGE: [i64; 3] = [1, 2, 3];
+        match self {
+            Distance::L1 => (a - b).abs().mean_dim(IMAGE.as_slice(), false, Kind::Float),
+            Distance::L2 => (a - b).square().mean_dim(IMAGE.as_slice(), false, Kind::Float),
+            Distance::L2At32 => Distance::L2.between(&at_32(a), &at_32(b)),
+            Distance::PseudoHuber { c } => {
+                let squares = (a - b).square().sum_dim_intlist(IMAGE.as_slice(), false, Kind::Float);
+                if *c > 0.0 {
+                    return (squares + c * c).sqrt() - *c;
+                }
+                // The square root has no gradient at 0: a one is put under it there and taken away behind it.
+                let equal = squares.eq(0.0).to_kind(Kind::Float);
+                (squares + &equal).sqrt() - equal
+            }
+        }
+    }
+}
+
+fn at_32(images: &Tensor) -> Tensor {
+    match images.size().as_slice() {
+        [.., 32, 32] => images.shallow_clone(),
+        _ => images.upsample_bilinear2d([32, 32], false, None, None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+
+    const SHAPE: ImageShape = ImageShape { channels: 3, height: 4, width: 4 };
+
+    fn images(side: i64, phase: f64) -> Tensor {
+        let count = 2 * 3 * side * side;
+        let angles = Tensor::arange(count, (Kind::Double, Device::Cpu)) * 0.61 + phase;
+        angles.sin().to_kind(Kind::Float).view([2, 3, side, side])
+    }
+
+    fn pair() -> (Tensor, Tensor) {
+        (images(4, 0.0), images(4, 1.0))
+    }
+
+    fn values(metric: Metric, a: &Tensor, b: &Tensor) -> Vec<f64> {
+        Vec::<f64>::try_from(metric.build(SHAPE).unwrap().between(a, b).to_kind(Kind::Double)).unwrap()
+    }
+
+    const ALL: [Metric; 5] = [
+        Metric::L1,
+        Metric::L2,
+        Metric::L2At32,
+        Metric::PseudoHuber { c: None },
+        Metric::PseudoHuber { c: Some(0.0) },
+    ];
+
+    #[test]
+    fn distances_are_zero_at_home_positive_elsewhere_and_symmetric() {
+        let (a, b) = pair();
+        for metric in ALL {
+            assert_eq!(values(metric, &a, &a), [0.0, 0.0], "{metric}");
+            let there = values(metric, &a, &b);
+            assert!(there.iter().all(|d| *d > 0.0), "{metric}: {there:?}");
+            assert_eq!(there, values(metric, &b, &a), "{metric}");
+        }
+    }
+
+    #[test]
+    fn values_by_hand() {
+        let a = Tensor::zeros([1, 3, 4, 4], (Kind::Float, Device::Cpu));
+        let b = &a + 0.5;
+        let close = |metric, want: f64| {
+            let got = values(metric, &a, &b)[0];
+            assert!((got - want).abs() < 1e-6, "{metric}: {got} {want}");
+        };
+        close(Metric::L1, 0.5);
+        close(Metric::L2, 0.25);
+        close(Metric::L2At32, 0.25);
+        let square = 48.0 * 0.25;
+        close(Metric::PseudoHuber { c: Some(0.0) }, f64::sqrt(square));
+        close(Metric::PseudoHuber { c: Some(2.0) }, f64::sqrt(square + 4.0) - 2.0);
+        let c = 0.00054 * f64::sqrt(48.0);
+        close(Metric::PseudoHuber { c: None }, f64::sqrt(square + c * c) - c);
+    }
+
+    /// 0.0299 for CIFAR-10 and 0.0599 for ImageNet-64, as the paper prints c.
+    #[test]
+    fn the_default_c_is_that_of_the_paper() {
+        for (side, want) in [(32, 0.0299), (64, 0.0599)] {
+            let built = Metric::PseudoHuber { c: None }.build(ImageShape::square(3, side)).unwrap();
+            assert!(matches!(built, Distance::PseudoHuber { c } if (c - want).abs() < 5e-5), "{built:?}");
+        }
+    }
+
+    #[test]
+    fn a_pseudo_huber_gradient_is_shorter_than_one_and_zero_at_home() {
+        let (a, b) = pair();
+        for c in [0.0, 0.03, 1.0] {
+            let distance = Distance::PseudoHuber { c };
+            for (other, at_home) in [(&b, false), (&a, true)] {
+                let a = a.copy().set_requires_grad(true);
+                distance.between(&a, other).sum(Kind::Float).backward();
+                let norms =
+                    a.grad().square().sum_dim_intlist([1, 2, 3].as_slice(), false, Kind::Float).sqrt();
+                let norms = Vec::<f32>::try_from(norms).unwrap();
+                if at_home {
+                    assert_eq!(norms, [0.0, 0.0], "c = {c}");
+                } else if c == 0.0 {
+                    assert!(norms.iter().all(|n| (n - 1.0).abs() < 1e-6), "{norms:?}");
+                } else {
+                    assert!(norms.iter().all(|n| *n < 1.0 && *n > 0.5), "{norms:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn resizing_leaves_images_of_32_as_they_are() {
+        let a = images(32, 0.0);
+        let b = &a * 0.5;
+        let equal = Distance::L2.between(&a, &b).equal(&Distance::L2At32.between(&a, &b));
+        assert!(equal);
+    }
+
+    #[test]
+    fn files_name_metrics_and_unknown_ones_are_refused() {
+        let read = |text: &str| serde_json::from_str::<Metric>(text).map_err(|e| e.to_string());
+        assert_eq!(read("\"l2\""), Ok(Metric::L2));
+        assert_eq!(read("\"l2-32\""), Ok(Metric::L2At32));
+        assert_eq!(read(r#"{"kind":"pseudo_huber"}"#), Ok(Metric::PseudoHuber { c: None }));
+        assert_eq!(read(r#"{"kind":"pseudo_huber","c":0}"#), Ok(Metric::PseudoHuber { c: Some(0.0) }));
+        assert!(read("\"l3\"").unwrap_err().contains("l3"));
+        assert!(read(r#"{"kind":"l1","c":1}"#).unwrap_err().contains("`c`"));
+        assert!(read(r#"{"kind":"pseudo_huber","d":1}"#).unwrap_err().contains("`d`"));
+        assert!(read(r#"{"c":1}"#).unwrap_err().contains("kind"));
+        for metric in ALL.into_iter().chain([Metric::Lpips]) {
+            assert_eq!(read(&serde_json::to_string(&metric).unwrap()), Ok(metric));
+        }
+    }
+
+    #[test]
+    fn a_metric_without_code_says_what_to_set() {
+        let error = Metric::Lpips.build(SHAPE).unwrap_err().to_string();
+        assert!(error.contains("lpips") && error.contains("--set train.metric="), "{error}");
+        assert!(Metric::PseudoHuber { c: Some(-1.0) }.build(SHAPE).is_err());
+    }
+}

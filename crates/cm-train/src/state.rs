@@ -1,0 +1,78 @@
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use cm_model::{Bundle, Cast};
+
+use crate::checkpoint::{OPTIMIZER_FILE, RAW_FILE, TARGET_FILE, ema_file};
+use crate::trainer::Borrowed;
+use crate::{Checkpoint, Checkpoints, Result, Trainable, Trainer, changed_settings};
+
+/// Which weights a model file holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Weights<'a> {
+    /// The student's own.
+    Raw,
+    /// The average of this name.
+    Ema(&'a str),
+    /// The target network's.
+    Target,
+}
+
+/// Makes the metadata of a model file: one key whose value is the model's config, by which the file loads by itself.
+pub type Metadata<'a> = dyn Fn(Weights<'_>, u64) -> BTreeMap<String, String> + 'a;
+
+impl<M: Trainable> Trainer<M> {
+    /// Writes a checkpoint of the state between two steps and returns its folder.
+    ///
+    /// `metadata` is asked for each model file, with the number of steps taken.
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`] or [`crate::Error::Model`] with the file that cannot be written; there is then no new
+    /// checkpoint.
+    pub fn save(&self, checkpoints: &Checkpoints, metadata: &Metadata<'_>) -> Result<PathBuf> {
+        checkpoints.save(self.steps_done(), self.images_seen(), self.spec(), |folder| {
+            self.write_files(folder, metadata)
+        })
+    }
+
+    fn write_files(&self, folder: &Path, metadata: &Metadata<'_>) -> Result<()> {
+        let metadata = |weights| metadata(weights, self.steps_done());
+        let params = self.student().params();
+        params.write(&folder.join(RAW_FILE), &metadata(Weights::Raw))?;
+        for ema in &self.emas {
+            let _borrowed = Borrowed::new(&self.weights, &ema.tensors);
+            params.write(&folder.join(ema_file(&ema.name)), &metadata(Weights::Ema(&ema.name)))?;
+        }
+        if let Some(target) = self.target() {
+            target.params().write(&folder.join(TARGET_FILE), &metadata(Weights::Target))?;
+        }
+        let optimizer = Bundle { tensors: self.optimizer.export(), metadata: BTreeMap::new() };
+        Ok(optimizer.write(&folder.join(OPTIMIZER_FILE))?)
+    }
+
+    /// Takes over the state of a checkpoint and returns the settings that differ from those that it was trained with.
+    ///
+    /// # Errors
+    /// [`crate::Error::Checkpoint`] for a file that the settings need and the checkpoint lacks,
+    /// [`crate::Error::Model`] if weights do not fit. The trainer must not be used then: parts of it may have been
+    /// loaded.
+    pub fn resume(&mut self, checkpoint: &Checkpoint) -> Result<Vec<String>> {
+        let read = |name: &str| Ok::<_, crate::Error>(Bundle::read(&checkpoint.file(name)?)?.tensors);
+        let params = self.student.params();
+        params.load(&read(RAW_FILE)?, Cast::Never)?;
+        for ema in &self.emas {
+            let tensors = read(&ema_file(&ema.name))?;
+            // Loading into the student while its weights point at the average's checks names and shapes as for the
+            // student; the buffers are the same in every file.
+            let _borrowed = Borrowed::new(&self.weights, &ema.tensors);
+            params.load(&tensors, Cast::Never)?;
+        }
+        if let Some(target) = &self.target {
+            target.params().load(&read(TARGET_FILE)?, Cast::Never)?;
+        }
+        self.optimizer.import(&read(OPTIMIZER_FILE)?)?;
+        self.step = checkpoint.state.step;
+        self.images = checkpoint.state.images;
+        Ok(changed_settings(&checkpoint.state.train, self.spec()))
+    }
+}

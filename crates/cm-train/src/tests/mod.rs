@@ -1,0 +1,6 @@
+//! Tests that need several modules: the laws of the losses, steps, checkpoints and runs.
+
+mod checkpoints;
+mod laws;
+mod runs;
+mod steps;

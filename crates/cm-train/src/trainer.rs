@@ -1,0 +1,363 @@
+use cm_model::{Cond, Mode, NoiseSource, Philox, Site};
+use cm_schedule::EmaRule;
+use cm_schedule::rng::Purpose;
+use cm_torch::optim::{self, EmaTarget, Optimizer, StepOptions};
+use tch::{Device, Kind, Tensor};
+
+use crate::recipe::{Levels, Place, Schedule};
+use crate::{
+    Distance, Error, Example, Losses, Result, Target, TrainSpec, Trainable, consistency_loss, ema_name,
+};
+
+/// Images with what they are conditioned on.
+#[derive(Debug)]
+pub struct Batch {
+    /// `[B, C, H, W]` float32 in [-1, 1], on any device.
+    pub images: Tensor,
+    /// Labels and augmentation of each image, on the device of the network.
+    pub cond: Cond,
+}
+
+/// What one step did.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StepReport {
+    /// Steps taken, this one included.
+    pub step: u64,
+    /// Images seen, those of this step included.
+    pub images: u64,
+    /// Mean loss of the batch.
+    pub loss: f64,
+    /// Mean distance between student and target, before weighting.
+    pub distance: f64,
+    /// Norm of the gradient over all weights, before clipping.
+    pub grad_norm: f64,
+    /// Learning rate.
+    pub lr: f64,
+    /// N(k), where noise levels come from a grid.
+    pub num_scales: Option<usize>,
+    /// The stage of the t → r mapping, where they are continuous.
+    pub stage: Option<usize>,
+    /// μ(k), where there is a target network.
+    pub mu: Option<f64>,
+    /// Noise level and loss of each image.
+    pub samples: Vec<SampleLoss>,
+}
+
+/// The loss of one image.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SampleLoss {
+    /// Its noise level.
+    pub sigma: f64,
+    /// Its weighted loss.
+    pub loss: f64,
+}
+
+/// One average of the weights.
+#[derive(Debug)]
+pub(crate) struct Ema {
+    pub(crate) name: String,
+    pub(crate) rule: EmaRule,
+    /// One tensor for each trained weight, in the order of [`Trainer::weights`].
+    pub(crate) tensors: Vec<Tensor>,
+}
+
+/// A training run between two steps: the student, the target network if the recipe has one, the averages, the
+/// optimiser and the position in the run.
+///
+/// Nothing else is state: noise, noise levels and dropout of a step are functions of the seed and the step, so that
+/// a trainer restored from these continues bit for bit (on the CPU, with one libtorch and one thread count).
+#[derive(Debug)]
+pub struct Trainer<M> {
+    pub(crate) student: M,
+    pub(crate) target: Option<M>,
+    pub(crate) weights: Vec<(String, Tensor)>,
+    target_weights: Vec<Tensor>,
+    pub(crate) emas: Vec<Ema>,
+    pub(crate) optimizer: Optimizer,
+    spec: TrainSpec,
+    levels: Levels,
+    distance: Distance,
+    pub(crate) step: u64,
+    pub(crate) images: u64,
+}
+
+impl<M: Trainable> Trainer<M> {
+    /// A run before its first step. The averages, and the target network's weights, start as copies of the student's.
+    ///
+    /// `target` is a second network of the same architecture, which is needed if and only if
+    /// [`crate::TargetRule::has_network`].
+    ///
+    /// # Errors
+    /// [`Error::Setting`] and [`Error::MissingMetric`] for settings that cannot be used, [`Error::Model`] if the
+    /// target's architecture is not the student's.
+    pub fn new(student: M, target: Option<M>, spec: &TrainSpec, levels: Levels) -> Result<Self> {
+        let distance = spec.check(student.shape())?;
+        if target.is_some() != spec.target.has_network() {
+            let expected = if target.is_some() { "ema" } else { "live" };
+            return Err(Error::setting(
+                "train.target.kind",
+                if target.is_some() { "live" } else { "ema" },
+                expected,
+                format!(
+                    "the trainer was handed {} target network",
+                    if target.is_some() { "a" } else { "no" }
+                ),
+            ));
+        }
+        if let Some(target) = &target {
+            target.params().copy_from(student.params())?;
+            target.params().set_requires_grad(false);
+        }
+        let handles = |model: &M| -> Vec<(String, Tensor)> {
+            model.params().trainable().map(|(name, t)| (name.to_owned(), t.shallow_clone())).collect()
+        };
+        let weights = handles(&student);
+        let emas = spec.emas.iter().map(|rule| Ema {
+            name: ema_name(rule),
+            rule: *rule,
+            tensors: weights.iter().map(|(_, weight)| weight.detach().copy()).collect(),
+        });
+        Ok(Self {
+            emas: emas.collect(),
+            optimizer: Optimizer::new(spec.optimizer, &named(&weights))?,
+            target_weights: target.iter().flat_map(handles).map(|(_, weight)| weight).collect(),
+            weights,
+            student,
+            target,
+            spec: spec.clone(),
+            levels,
+            distance,
+            step: 0,
+            images: 0,
+        })
+    }
+
+    /// The network that is trained.
+    pub fn student(&self) -> &M {
+        &self.student
+    }
+
+    /// The target network, where the recipe has one.
+    pub fn target(&self) -> Option<&M> {
+        self.target.as_ref()
+    }
+
+    /// The settings.
+    pub fn spec(&self) -> &TrainSpec {
+        &self.spec
+    }
+
+    /// Steps taken.
+    pub fn steps_done(&self) -> u64 {
+        self.step
+    }
+
+    /// Images seen.
+    pub fn images_seen(&self) -> u64 {
+        self.images
+    }
+
+    /// Whether the run has reached its last step.
+    pub fn is_finished(&self) -> bool {
+        self.step >= self.spec.total_steps
+    }
+
+    /// The names of the averages, in the order of the settings; see [`ema_name`].
+    pub fn ema_names(&self) -> impl Iterator<Item = &str> {
+        self.emas.iter().map(|ema| ema.name.as_str())
+    }
+
+    /// The device of the weights.
+    pub fn device(&self) -> Device {
+        self.student.params().device()
+    }
+
+    /// Lends the student with the weights of one average in place of its own. Nothing is copied, and the student has
+    /// its own weights back afterwards, also after a panic.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if there is no such average.
+    pub fn with_ema<T>(&self, name: &str, use_model: impl FnOnce(&M) -> T) -> Result<T> {
+        let ema = self.emas.iter().find(|ema| ema.name == name).ok_or_else(|| {
+            let names: Vec<_> = self.ema_names().collect();
+            Error::setting("ema", name, names.join(" or "), "these are the averages that the run keeps")
+        })?;
+        let _borrowed = Borrowed::new(&self.weights, &ema.tensors);
+        Ok(use_model(&self.student))
+    }
+
+    /// Takes one step of Algorithm 3 (Song et al. 2023) on a batch.
+    ///
+    /// The step waits for the device once, for the norm of the gradient and the losses: whether they are finite has
+    /// to be known before the weights move.
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`] if the loss or a gradient is not finite: weights, averages and moments are then as they
+    /// were. [`Error::Input`] if the batch does not fit.
+    pub fn step(&mut self, batch: &Batch) -> Result<StepReport> {
+        let result = self.try_step(batch);
+        if result.is_err() {
+            self.drop_gradients();
+        }
+        result
+    }
+
+    fn try_step(&mut self, batch: &Batch) -> Result<StepReport> {
+        let place = Place { seed: self.spec.seed, step: self.step, total_steps: self.spec.total_steps };
+        let schedule = self.spec.recipe().schedule(place.step, place.total_steps);
+        let samples = self.gradients(batch, &place)?;
+        let mean = |values: &mut dyn Iterator<Item = f64>| values.sum::<f64>() / samples.len() as f64;
+        let loss = mean(&mut samples.iter().map(|s| s.0.loss));
+        let grad_norm = self.check_finite(loss)?;
+        let lr = self.spec.lr * self.spec.lr_rule.factor(self.step, self.images, self.spec.total_steps);
+        self.update(&schedule, lr, grad_norm)?;
+        self.step += 1;
+        self.images += samples.len() as u64;
+        Ok(StepReport {
+            step: self.step,
+            images: self.images,
+            loss,
+            distance: mean(&mut samples.iter().map(|s| s.1)),
+            grad_norm,
+            lr,
+            num_scales: schedule.num_scales,
+            stage: schedule.stage,
+            mu: schedule.mu,
+            samples: samples.into_iter().map(|s| s.0).collect(),
+        })
+    }
+
+    /// Runs every micro-batch forward and backward; the weights then hold the gradient of the batch's mean loss.
+    /// Returns loss and distance of each image.
+    fn gradients(&self, batch: &Batch, place: &Place) -> Result<Vec<(SampleLoss, f64)>> {
+        let size = self.student.shape().check("training batch", &batch.images)?;
+        if size != self.spec.batch as i64 {
+            let expected = format!("{} images, as train.batch says", self.spec.batch);
+            return Err(Error::Input { what: "training batch", expected, got: format!("{size} images") });
+        }
+        let images = batch.images.to_device_(self.device(), Kind::Float, true, false);
+        let mut results = Vec::new();
+        let mut sigmas = Vec::new();
+        let part_size = self.spec.micro_batch() as i64;
+        for (part, start) in (0..size).step_by(self.spec.micro_batch()).enumerate() {
+            let length = part_size.min(size - start);
+            let (losses, sigma) =
+                self.part_losses(&images, &batch.cond, place, part as u64, start, length)?;
+            (losses.per_sample.sum(Kind::Float) / size as f64).f_backward()?;
+            results.push(Tensor::stack(&[losses.per_sample.detach(), losses.distance], 1));
+            sigmas.extend(sigma);
+        }
+        let results = Vec::<f64>::try_from(Tensor::cat(&results, 0).to_kind(Kind::Double).view([-1]))?;
+        let pairs = results.chunks_exact(2).zip(sigmas);
+        Ok(pairs.map(|(result, sigma)| (SampleLoss { sigma, loss: result[0] }, result[1])).collect())
+    }
+
+    fn part_losses(
+        &self,
+        images: &Tensor,
+        cond: &Cond,
+        place: &Place,
+        part: u64,
+        start: i64,
+        length: i64,
+    ) -> Result<(Losses, Vec<f64>)> {
+        let positions = start as u64..(start + length) as u64;
+        let pairs = self.spec.recipe().pairs(place, positions.clone(), &self.levels)?;
+        let site = Site {
+            samples: &positions.collect::<Vec<_>>(),
+            step: place.step as u32,
+            purpose: Purpose::Noise,
+        };
+        let noise =
+            Philox { seed: place.seed, device: images.device() }.normal(self.student.shape(), &site)?;
+        let example = Example {
+            images: &images.narrow(0, start, length),
+            noise: &noise,
+            pairs: &pairs,
+            cond: &cond.narrow(start, length),
+        };
+        let target = self.target.as_ref().map_or(Target::Live, |network| Target::Network(network));
+        let mode = Mode::Train { dropout_seed: place.stream(Purpose::Dropout, part).bits(0) };
+        let losses = consistency_loss(&self.student, target, &example, &self.distance, mode)?;
+        Ok((losses, pairs.sigma))
+    }
+
+    /// The norm of the gradient, or which number is not finite.
+    fn check_finite(&self, loss: f64) -> Result<f64> {
+        let not_finite = |what| Err(Error::NonFinite { step: self.step + 1, what });
+        if !loss.is_finite() {
+            return not_finite(format!("the loss ({loss})"));
+        }
+        let params = named(&self.weights);
+        let norm = optim::grad_norm(&params)?;
+        if norm.is_finite() || self.spec.replace_non_finite.is_some() {
+            return Ok(norm);
+        }
+        not_finite(match optim::first_non_finite_grad(&params)? {
+            Some(name) => format!("the gradient of '{name}'"),
+            None => "the square of the gradient's norm".to_owned(),
+        })
+    }
+
+    /// Gradients of a step that was not taken must not be added to those of the next.
+    fn drop_gradients(&self) {
+        for (_, weight) in &self.weights {
+            let mut grad = weight.grad();
+            if grad.defined() {
+                let _ = grad.zero_();
+            }
+        }
+    }
+
+    /// Moves the weights, then the averages and the target, in one pass over memory on the CPU.
+    fn update(&mut self, schedule: &Schedule, lr: f64, grad_norm: f64) -> Result<()> {
+        let clip = self.spec.grad_clip.filter(|&most| grad_norm.is_finite() && grad_norm > most);
+        let options = StepOptions {
+            grad_scale: clip.map_or(1.0, |most| most / grad_norm),
+            replace_non_finite: self.spec.replace_non_finite,
+            ..StepOptions::new(lr)
+        };
+        let batch = self.spec.batch as u64;
+        let mut averages: Vec<EmaTarget<'_>> = self
+            .emas
+            .iter()
+            .map(|ema| EmaTarget { beta: ema.rule.beta(self.images, batch), tensors: &ema.tensors })
+            .collect();
+        // Algorithm 3, last lines: θ⁻ follows the θ that this step made.
+        averages.extend(schedule.mu.map(|mu| EmaTarget { beta: mu, tensors: &self.target_weights }));
+        self.optimizer.step(&options, &named(&self.weights), &averages)?;
+        Ok(())
+    }
+}
+
+/// Handles on tensors with their names, as the optimiser takes them.
+pub(crate) fn named(weights: &[(String, Tensor)]) -> Vec<(&str, &Tensor)> {
+    weights.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect()
+}
+
+/// Weights that point at other values until this is dropped.
+pub(crate) struct Borrowed<'a> {
+    weights: &'a [(String, Tensor)],
+    own: Vec<Tensor>,
+}
+
+impl<'a> Borrowed<'a> {
+    pub(crate) fn new(weights: &'a [(String, Tensor)], values: &[Tensor]) -> Self {
+        let _no_grad = tch::no_grad_guard();
+        // A detached tensor is a handle of its own on the same memory, which `set_data` does not move.
+        let own = weights.iter().map(|(_, weight)| weight.detach()).collect();
+        for ((_, weight), value) in weights.iter().zip(values) {
+            weight.shallow_clone().set_data(value);
+        }
+        Self { weights, own }
+    }
+}
+
+impl Drop for Borrowed<'_> {
+    fn drop(&mut self) {
+        let _no_grad = tch::no_grad_guard();
+        for ((_, weight), own) in self.weights.iter().zip(&self.own) {
+            weight.shallow_clone().set_data(own);
+        }
+    }
+}
