@@ -1,0 +1,170 @@
+//! `cargo xtask ci`: the steps of continuous integration, each with its time.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use crate::cli::CiArgs;
+use crate::runner::{built, cargo, code_of, status_of};
+use crate::{setup, tidy, tools};
+
+/// The whole run, from a bare clone on 2 cores, is to stay below this.
+const BUDGET: Duration = Duration::from_secs(18 * 60);
+
+/// How one step ended.
+#[derive(Clone, Debug, PartialEq)]
+enum Outcome {
+    Passed,
+    Failed(String),
+    /// Not run, and why that is no failure.
+    LeftOut(String),
+}
+
+struct Step {
+    name: &'static str,
+    outcome: Outcome,
+    took: Duration,
+}
+
+/// Runs all steps; those after a failure run too, so that one run tells all, except that nothing runs without
+/// libtorch.
+pub fn run(args: &CiArgs) -> Result<u8> {
+    let root = tools::workspace_root();
+    let golden = args.golden.clone().unwrap_or_else(|| root.join("../shared/golden"));
+    let start = Instant::now();
+    let mut steps = Vec::new();
+    steps.push(timed("setup", || setup::ensure().map(|()| Outcome::Passed)));
+    if steps[0].outcome == Outcome::Passed {
+        steps.push(timed("fmt", || command(cargo(&["fmt", "--all", "--check"]).current_dir(&root))));
+        steps.push(timed("tidy", || {
+            Ok(if tidy::run()? == 0 { Outcome::Passed } else { Outcome::Failed("see above".to_owned()) })
+        }));
+        steps.push(timed("clippy", || {
+            command(&mut cargo(&[
+                "clippy",
+                "--release",
+                "--workspace",
+                "--all-targets",
+                "--locked",
+                "--",
+                "-D",
+                "warnings",
+            ]))
+        }));
+        steps.push(timed("doc", || {
+            let mut doc = cargo(&["doc", "--release", "--workspace", "--no-deps", "--locked"]);
+            command(doc.env("RUSTDOCFLAGS", "-D warnings"))
+        }));
+        // The command of the README, as a user gives it.
+        steps.push(timed("test", || command(cargo_xtask(&root).arg("test"))));
+        steps.push(timed("golden", || check_golden(&root, &golden)));
+        steps.push(timed("demo", || demo(&root)));
+    }
+    print!("{}", summary(&steps, start.elapsed()));
+    Ok(u8::from(steps.iter().any(|s| matches!(s.outcome, Outcome::Failed(_)))))
+}
+
+fn timed(name: &'static str, step: impl FnOnce() -> Result<Outcome>) -> Step {
+    println!("\n==> {name}");
+    let start = Instant::now();
+    let outcome = step().unwrap_or_else(|why| Outcome::Failed(format!("{why:#}")));
+    let took = start.elapsed();
+    if let Outcome::Failed(why) = &outcome {
+        eprintln!("error: {name}: {why}");
+    }
+    println!("<== {name} {:.1} s", took.as_secs_f64());
+    Step { name, outcome, took }
+}
+
+/// Runs a command with its output shown.
+fn command(command: &mut Command) -> Result<Outcome> {
+    let status = status_of(command)?;
+    Ok(if status.success() {
+        Outcome::Passed
+    } else {
+        Outcome::Failed(format!("exit code {}", code_of(status)))
+    })
+}
+
+/// This program, called as the alias calls it.
+fn cargo_xtask(root: &Path) -> Command {
+    let mut command = cargo(&["run", "--release", "--package", "xtask", "--"]);
+    command.current_dir(root);
+    command
+}
+
+fn check_golden(root: &Path, folder: &Path) -> Result<Outcome> {
+    if !folder.is_dir() {
+        let why = format!("{} is not here; the committed files ran with the tests", folder.display());
+        return Ok(Outcome::LeftOut(why));
+    }
+    command(cargo_xtask(root).args(["golden", "--dir"]).arg(folder))
+}
+
+/// A minute of training must already beat a Gaussian with the data's mean and covariance.
+fn demo(root: &Path) -> Result<Outcome> {
+    let out: PathBuf = built("xtask")?.with_file_name("ci-demo");
+    if out.exists() {
+        fs::remove_dir_all(&out).with_context(|| format!("cannot remove {}", out.display()))?;
+    }
+    let mut demo = cargo_xtask(root);
+    command(demo.args(["demo", "--seconds", "60", "--check", "ci", "--out"]).arg(out))
+}
+
+fn summary(steps: &[Step], total: Duration) -> String {
+    let mut text = "\nsummary\n".to_owned();
+    for step in steps {
+        let result = match &step.outcome {
+            Outcome::Passed => "passed".to_owned(),
+            Outcome::Failed(why) => format!("FAILED  {why}"),
+            Outcome::LeftOut(why) => format!("left out  {why}"),
+        };
+        text += &format!("  {:<8} {:>7.1} s  {result}\n", step.name, step.took.as_secs_f64());
+    }
+    let over = if total > BUDGET { ", over the budget" } else { "" };
+    let budget = BUDGET.as_secs();
+    text + &format!("  {:<8} {:>7.1} s of {budget}{over}\n", "total", total.as_secs_f64())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_summary_names_every_step_and_an_overrun() {
+        let step = |name, outcome| Step { name, outcome, took: Duration::from_millis(1500) };
+        let steps = [
+            step("fmt", Outcome::Passed),
+            step("test", Outcome::Failed("exit code 101".to_owned())),
+            step("golden", Outcome::LeftOut("not here".to_owned())),
+        ];
+        let text = summary(&steps, Duration::from_secs(1200));
+        for line in [
+            "  fmt          1.5 s  passed\n",
+            "  test         1.5 s  FAILED  exit code 101\n",
+            "  golden       1.5 s  left out  not here\n",
+            "  total     1200.0 s of 1080, over the budget\n",
+        ] {
+            assert!(text.contains(line), "{line:?} in {text}");
+        }
+        assert!(!summary(&steps, Duration::from_secs(60)).contains("over"));
+    }
+
+    #[test]
+    fn absent_golden_files_are_left_out_with_the_reason() {
+        let dir = tempfile::tempdir().unwrap();
+        let outcome = check_golden(dir.path(), &dir.path().join("none")).unwrap();
+        assert!(matches!(outcome, Outcome::LeftOut(why) if why.contains("is not here")));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_failing_command_fails_its_step() {
+        let sh = |script: &str| command(Command::new("sh").args(["-c", script])).unwrap();
+        assert_eq!(sh("exit 0"), Outcome::Passed);
+        assert_eq!(sh("exit 3"), Outcome::Failed("exit code 3".to_owned()));
+    }
+}

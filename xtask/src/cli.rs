@@ -1,0 +1,186 @@
+//! The commands, their arguments and their help.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand};
+
+use crate::{ci, doctor, exports, runner, setup, tidy};
+
+/// Set libtorch up, then build, test, train and sample with it.
+///
+/// Every command but `env`, `doctor` and `tidy` first makes sure that libtorch is in place, so on a fresh machine
+/// `cargo xtask demo` or `cargo xtask test` is all that is needed.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", version, arg_required_else_help = true)]
+#[command(after_help = "Environment:
+  LIBTORCH              use this libtorch (2.11.0, a folder with include/ and lib/) and install none
+  LIBTORCH_USE_PYTORCH  use the torch of the active Python and install none
+  PYTHON                the interpreter whose pip installs (default: python3)")]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Install the pinned libtorch into .libtorch/ (nothing is done when it is there and whole)
+    #[command(after_help = "Examples:
+  cargo xtask setup                   lean CPU set, or the CUDA set where an NVIDIA GPU is seen
+  cargo xtask setup --cuda            the CUDA set, on any machine
+  cargo xtask setup --python          also a Python that can `import torch`
+  cargo xtask setup --dir /opt/torch  elsewhere, to be shared by several checkouts")]
+    Setup(SetupArgs),
+
+    /// Print the exports that let other workspaces build against this libtorch
+    #[command(after_help = "Example:
+  eval \"$(cargo xtask env)\"")]
+    Env,
+
+    /// Say what this machine has, what is missing and what to do about it (exit code 1 if work is blocked)
+    Doctor,
+
+    /// Build the workspace (cargo build --release)
+    #[command(after_help = "Examples:
+  cargo xtask build
+  cargo xtask build -p cm-cli")]
+    Build(Rest),
+
+    /// Run every test (cargo test --release)
+    #[command(after_help = "Examples:
+  cargo xtask test
+  cargo xtask test -p cm-schedule
+  cargo xtask test -- --nocapture")]
+    Test(Rest),
+
+    /// Run the benches (cargo bench, in the release profile)
+    #[command(after_help = "Examples:
+  cargo xtask bench
+  cargo xtask bench -p cm-torch -- optimiser")]
+    Bench(Rest),
+
+    /// Check this project against numbers recorded from the reference implementations
+    #[command(after_help = "Examples:
+  cargo xtask golden                  the files under tests/golden
+  cargo xtask golden --dir DIR        all the files in DIR")]
+    Golden(Rest),
+
+    /// Train a small consistency model on the bundled digits and sample it in one step
+    #[command(after_help = "Examples:
+  cargo xtask demo
+  cargo xtask demo --out /tmp/demo
+  cargo xtask demo --data emoji       32×32 colour pictures, up to 30 minutes
+
+All arguments go to `cm demo`; `cargo xtask cm demo --help` lists them.")]
+    Demo(Rest),
+
+    /// Train on CIFAR-10 with the settings of the paper
+    #[command(name = "train-cifar10")]
+    #[command(after_help = "Examples:
+  cargo xtask train-cifar10 --dry-run
+  cargo xtask train-cifar10 --data DIR --out runs/cifar10
+  cargo xtask train-cifar10 --out runs/cifar10 --resume
+
+All arguments go to `cm train-cifar10`; `cargo xtask cm train-cifar10 --help` lists them.")]
+    TrainCifar10(Rest),
+
+    /// Build the program cm and call it
+    #[command(after_help = "Examples:
+  cargo xtask cm --help
+  cargo xtask cm sample model.safetensors --seeds 0-63")]
+    Cm(CmArgs),
+
+    /// Check the crate graph and the sources against the rules of docs/architecture.md
+    Tidy,
+
+    /// Run what CI runs: setup, formatting, tidy, clippy, docs, tests, golden numbers, a short demo
+    #[command(after_help = "Examples:
+  cargo xtask ci
+  cargo xtask ci --golden DIR         where the full set of golden files lies")]
+    Ci(CiArgs),
+}
+
+/// Where and what to install.
+#[derive(Args)]
+pub struct SetupArgs {
+    /// Install the set with all CUDA libraries (4.0 GB), also where no GPU is seen
+    #[arg(long)]
+    pub cuda: bool,
+    /// Also make .libtorch/python, a virtual environment that can `import torch` (4.8 GB; never used for linking)
+    #[arg(long)]
+    pub python: bool,
+    /// Install again even if what is there is whole
+    #[arg(long)]
+    pub force: bool,
+    /// Install under DIR instead of .libtorch/ of this checkout
+    #[arg(long, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+}
+
+/// Arguments that are passed on.
+#[derive(Args)]
+struct Rest {
+    /// Passed on unchanged
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+    args: Vec<OsString>,
+}
+
+/// Like [`Rest`], but `--help` belongs to cm as well.
+#[derive(Args)]
+#[command(disable_help_flag = true)]
+struct CmArgs {
+    /// Arguments of cm
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+    args: Vec<OsString>,
+}
+
+/// What CI is to check.
+#[derive(Args)]
+pub struct CiArgs {
+    /// Folder with the full set of golden files; left out where it does not exist
+    #[arg(long, value_name = "DIR")]
+    pub golden: Option<PathBuf>,
+}
+
+/// Runs one command and returns its exit code.
+pub fn run(cli: Cli) -> Result<u8> {
+    match cli.command {
+        Command::Setup(args) => setup::run(&args),
+        Command::Env => exports::run(),
+        Command::Doctor => doctor::run(),
+        Command::Tidy => tidy::run(),
+        Command::Ci(args) => ci::run(&args),
+        Command::Build(rest) => runner::cargo_on_workspace(&["build", "--release"], rest.args),
+        Command::Test(rest) => runner::cargo_on_workspace(&["test", "--release"], rest.args),
+        Command::Bench(rest) => runner::cargo_on_workspace(&["bench", "--profile", "release"], rest.args),
+        Command::Golden(rest) => runner::program("cm-golden", "cm-golden", &[], rest.args),
+        Command::Demo(rest) => runner::program("cm-cli", "cm", &["demo"], rest.args),
+        Command::TrainCifar10(rest) => runner::program("cm-cli", "cm", &["train-cifar10"], rest.args),
+        Command::Cm(cm) => runner::program("cm-cli", "cm", &[], cm.args),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn arguments_of_cm_pass_through() {
+        let cli = Cli::try_parse_from(["xtask", "demo", "--seconds", "60", "--out", "o", "--help"]).unwrap();
+        let Command::Demo(rest) = cli.command else { panic!("not a demo") };
+        assert_eq!(rest.args, ["--seconds", "60", "--out", "o", "--help"]);
+        for (given, passed) in
+            [(vec!["xtask", "cm", "--help"], vec!["--help"]), (vec!["xtask", "cm", "--", "-V"], vec!["-V"])]
+        {
+            let Command::Cm(cm) = Cli::try_parse_from(given).unwrap().command else { panic!("not cm") };
+            assert_eq!(cm.args, passed);
+        }
+    }
+}
