@@ -268,7 +268,8 @@ impl std::str::FromStr for SeedRange {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let number = |part: &str| {
-            let value: u64 = part.trim().parse().map_err(|_| format!("'{part}' is no seed (0 to 2^56 − 1)"))?;
+            let value: u64 =
+                part.trim().parse().map_err(|_| format!("'{part}' is no seed (0 to 2^56 − 1)"))?;
             if value > MAX_SEED { Err(format!("seed {value} is above 2^56 − 1")) } else { Ok(value) }
         };
         let mut seeds = Vec::new();

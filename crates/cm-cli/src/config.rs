@@ -51,6 +51,11 @@ impl Source {
         Ok(Self { name, text })
     }
 
+    /// The text as it stands.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
     /// Reads the experiment with the changes `section.key=value`.
     pub fn parse<T: DeserializeOwned>(&self, sets: &[String]) -> Result<T> {
         let mut table: Table = self.text.parse().map_err(|e: toml::de::Error| self.syntax_error(&e))?;
@@ -72,7 +77,8 @@ impl Source {
     }
 
     fn syntax_error(&self, error: &toml::de::Error) -> anyhow::Error {
-        let line = error.span().map_or(1, |span| self.text[..span.start.min(self.text.len())].lines().count());
+        let line =
+            error.span().map_or(1, |span| self.text[..span.start.min(self.text.len())].lines().count());
         anyhow!("{}: line {line}: {}", self.name, error.message().replace('\n', " "))
     }
 }
@@ -92,7 +98,9 @@ fn apply(table: &mut Table, set: &str) -> Result<String> {
     let mut place = table;
     for name in names {
         let next = place.entry(name).or_insert_with(|| Value::Table(Table::new()));
-        place = next.as_table_mut().with_context(|| format!("--set {set}: '{name}' is a value, not a section"))?;
+        place = next
+            .as_table_mut()
+            .with_context(|| format!("--set {set}: '{name}' is a value, not a section"))?;
     }
     // A section that is chosen by its kind may be given by the kind alone: `--set train.metric=l2`.
     let kept = match (place.get(last), &value) {
@@ -145,10 +153,7 @@ mod tests {
     fn sets_change_values_of_every_type() {
         let sets = ["train.lr=1e-3".to_owned(), "train.metric=l1".to_owned(), "name=two words".to_owned()];
         let outer: Outer = source().parse(&sets).unwrap();
-        assert_eq!(
-            outer,
-            Outer { name: "two words".into(), train: Inner { lr: 1e-3, metric: Metric::L1 } }
-        );
+        assert_eq!(outer, Outer { name: "two words".into(), train: Inner { lr: 1e-3, metric: Metric::L1 } });
     }
 
     #[test]

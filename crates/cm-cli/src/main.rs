@@ -1,5 +1,39 @@
 //! The command `cm`: train, sample and inspect consistency models.
 
-mod pictures;
+// This is the one place of the project that talks to a terminal.
+#![allow(clippy::print_stdout, clippy::print_stderr)]
 
-fn main() {}
+mod args;
+mod commands;
+mod config;
+mod demo;
+mod exit;
+mod experiment;
+mod pictures;
+mod runs;
+mod ui;
+
+use std::process::ExitCode;
+
+use args::{Cli, Command};
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Train(args) => commands::train::train(&args),
+        Command::TrainCifar10(args) => commands::train::train_cifar10(&args),
+        Command::Sample(args) => commands::sample::sample(&args),
+        Command::Demo(args) => demo::demo(&args),
+        Command::Data(command) => commands::data::data(&command),
+        Command::Model(command) => commands::model::model(&command),
+        Command::Preset(command) => commands::preset::preset(&command),
+        Command::Doctor => commands::doctor::doctor(),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("{failure}");
+            failure.code()
+        }
+    }
+}

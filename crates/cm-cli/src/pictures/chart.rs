@@ -103,8 +103,7 @@ struct Axis {
 
 impl Axis {
     fn over(values: impl Iterator<Item = f64>, from: i32, to: i32) -> Self {
-        let (low, high) =
-            values.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
+        let (low, high) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
         let (low, high) = if low < high {
             (low, high)
         } else if low.is_finite() {

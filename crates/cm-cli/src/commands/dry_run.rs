@@ -1,0 +1,95 @@
+//! `--dry-run`: the real network and one real step on made-up pixels, with what it costs.
+
+use anyhow::Result;
+use cm_model::{Cond, Mode, NoiseSource, Philox, Sigma, Site};
+use cm_schedule::rng::Purpose;
+use cm_torch::device;
+use cm_train::{Batch, MemoryModel, Metric, Trainable, Trainer, gigabytes, measure_activations};
+use tch::{Device, Tensor};
+
+use super::session::{Net, build_net};
+use crate::exit::{OrUsage, Outcome};
+use crate::experiment::Experiment;
+
+/// What a step takes beyond the model's sum: gradients of activations, kernels' scratch memory, libtorch itself.
+const HEADROOM: f64 = 1.35;
+
+/// Runs one step of the experiment at micro-batch 1 without its data and prints what was found.
+pub fn dry_run(experiment: &Experiment, device: Device) -> Outcome {
+    println!("# dry run: made-up pixels, fresh weights; nothing is read or kept");
+    print!("{}", experiment.to_toml()?);
+    println!();
+    let mut small = experiment.clone();
+    small.train.batch = 1;
+    small.train.micro_batch = None;
+    if let Err(cm_train::Error::MissingMetric { metric, .. }) = small.train.check(small.network.image_shape()) {
+        println!("metric            {metric} has no code yet: l2 stands in for it here, a real run refuses");
+        small.train.metric = Metric::L2;
+    }
+    experiment.compute(device).or_usage()?;
+    let student = build_net(&small, device)?;
+    let parameters = student.params().num_parameters();
+    println!("parameters        {parameters}");
+    let batch = made_up(&student, device)?;
+    let mut memory = MemoryModel::new(student.params(), &small.train, student.compute.autocast.is_some());
+    let started = std::time::Instant::now();
+    memory.activations_per_image = Some(measure_activations(device, || forward(&student, &batch, &small))?);
+    println!("forward, 1 image  {:.2} s", started.elapsed().as_secs_f64());
+    let need = memory.total().unwrap_or(u64::MAX) as f64 * HEADROOM;
+    println!("\nmemory model, micro-batch 1\n{memory}\n");
+    let own = experiment.train.micro_batch() as u64;
+    if own > 1 {
+        let whole = MemoryModel { micro_batch: own, ..memory };
+        println!("memory model, micro-batch {own}: {}\n", gigabytes(whole.total().unwrap_or(0)));
+    }
+    match available(device)? {
+        Some(free) if need > free as f64 => {
+            println!(
+                "step              NOT RUN: it would need about {}, and {} are free here",
+                gigabytes(need as u64),
+                gigabytes(free)
+            );
+            println!("                  (the network was built and ran forward)");
+        }
+        _ => step(&small, student, &batch, device)?,
+    }
+    Ok(())
+}
+
+fn step(experiment: &Experiment, student: Net, batch: &Batch, device: Device) -> Result<()> {
+    let target = experiment.train.target.has_network().then(|| build_net(experiment, device)).transpose()?;
+    let mut trainer = Trainer::new(student, target, &experiment.train, experiment.levels()?)?;
+    let started = std::time::Instant::now();
+    let report = trainer.step(batch)?;
+    println!("step, 1 image     {:.2} s, loss {:.4}", started.elapsed().as_secs_f64(), report.loss);
+    println!("measured peak     {}", gigabytes(device::memory(device)?.peak));
+    Ok(())
+}
+
+/// One made-up image and, for a conditional network, class 0.
+fn made_up(student: &Net, device: Device) -> Result<Batch> {
+    let shape = Trainable::shape(student);
+    let site = Site { samples: &[0], step: 0, purpose: Purpose::Synthetic };
+    let images = Philox { seed: 0, device }.normal(shape, &site)?.tanh();
+    let cond = Cond::labels(&[0], Trainable::num_classes(student), device)?;
+    Ok(Batch { images, cond })
+}
+
+fn forward(student: &Net, batch: &Batch, experiment: &Experiment) -> cm_train::Result<Tensor> {
+    let sigma = Sigma::One(experiment.precond.sigma_data);
+    Ok(student.evaluate(&batch.images, sigma, &batch.cond, Mode::Train { dropout_seed: 0 })?)
+}
+
+/// Memory that is free where the step would run, as far as the system tells: beside what is already in use.
+fn available(device: Device) -> Result<Option<u64>> {
+    if device != Device::Cpu {
+        return Ok(None);
+    }
+    let Ok(text) = std::fs::read_to_string("/proc/meminfo") else { return Ok(None) };
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let free = line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
+    Ok(match free {
+        Some(kilobytes) => Some(kilobytes * 1024 + device::memory(device)?.current),
+        None => None,
+    })
+}

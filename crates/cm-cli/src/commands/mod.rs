@@ -1,0 +1,11 @@
+//! One file a command.
+
+mod batches;
+pub mod data;
+pub mod doctor;
+pub mod dry_run;
+pub mod model;
+pub mod preset;
+pub mod sample;
+pub mod session;
+pub mod train;

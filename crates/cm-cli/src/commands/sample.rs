@@ -1,0 +1,115 @@
+//! `cm sample`: images from a trained model.
+
+use anyhow::{Context, Result, bail};
+use cm_data::{Shape, batch, grid, npz};
+use cm_net::ModelFile;
+use cm_sampler::{Hooks, Method, Request, Times, sample_batches};
+use cm_torch::device;
+
+use crate::args::{SampleArgs, SamplerKind};
+use crate::exit::{OrUsage, Outcome};
+use crate::pictures;
+use crate::runs;
+use crate::ui::Bar;
+
+/// Grids of more images than this would be too large to look at.
+const GRID_MOST: usize = 400;
+
+/// Runs `cm sample`.
+pub fn sample(args: &SampleArgs) -> Outcome {
+    let path = runs::find_model(&args.model, args.ema.as_deref()).or_usage()?;
+    let device = device::resolve(&args.device).or_usage()?;
+    let file = ModelFile::read(&path).or_usage()?;
+    let model = file.model(device, cm_model::Compute::default()).or_usage()?;
+    let model = model.into_consistency().with_context(|| path.display().to_string()).or_usage()?;
+    let classes = model.num_classes();
+    let labels = labels(args, classes).or_usage()?;
+    let method = match args.sampler {
+        SamplerKind::Onestep => {
+            one_step_only(args).or_usage()?;
+            Method::one_step(&*model).or_usage()?
+        }
+        SamplerKind::Multistep => {
+            let times = times(args).or_usage()?;
+            Method::multistep(&*model, &times).or_usage()?
+        }
+    };
+    let seeds = &args.seeds.0;
+    let request =
+        Request { labels: labels.as_deref(), batch: args.batch, clip: !args.no_clip, ..Request::new(seeds) };
+    eprintln!("model: {} ({} parameters)", path.display(), file.spec.net.num_parameters()?);
+    let pixels = draw(&method, &request, args)?;
+    write_all(args, &pixels, seeds, labels.as_deref())?;
+    Ok(())
+}
+
+fn one_step_only(args: &SampleArgs) -> Result<()> {
+    if args.ts.is_some() || args.sigmas.is_some() {
+        bail!("--ts and --sigmas are for --sampler multistep; one step always starts at σ_max");
+    }
+    Ok(())
+}
+
+/// A label for each seed: the class asked for, or all classes in turn where none was.
+fn labels(args: &SampleArgs, classes: i64) -> Result<Option<Vec<i64>>> {
+    match (args.class, classes) {
+        (None, 0) => Ok(None),
+        (Some(class), 0) => bail!("--class {class}: this model is unconditional; leave --class out"),
+        (Some(class), n) if (0..n).contains(&class) => Ok(Some(vec![class; args.seeds.0.len()])),
+        (Some(class), n) => bail!("--class {class}: expected 0 to {}", n - 1),
+        (None, n) => Ok(Some(args.seeds.0.iter().map(|seed| (seed % n as u64) as i64).collect())),
+    }
+}
+
+fn times(args: &SampleArgs) -> Result<Times> {
+    match (&args.sigmas, &args.ts) {
+        (Some(sigmas), _) => Ok(Times::Sigmas(sigmas.clone())),
+        (None, Some(ts)) => {
+            let steps = args.steps.context(
+                "--steps is missing: the number of grid points that --ts counts in (40 for the published \
+                 ImageNet-64 CD models, 201 for CT)",
+            )?;
+            Ok(Times::Indices { ts: ts.clone(), steps })
+        }
+        (None, None) => bail!("--sampler multistep needs --sigmas 80,0.8 or --ts 0,22,39 --steps 40"),
+    }
+}
+
+/// Samples and returns uint8 NCHW pixels with their shape.
+fn draw(method: &Method<'_>, request: &Request<'_>, args: &SampleArgs) -> Result<(Vec<u8>, Shape)> {
+    let total = args.seeds.0.len() as u64;
+    let mut bar = Bar::new("sample", "images", 0, total);
+    let started = std::time::Instant::now();
+    let mut batches = Vec::new();
+    let mut done = 0;
+    sample_batches(method, request, Hooks::default(), &mut |_, images| {
+        done += images.size()[0] as u64;
+        bar.set(done, format!("{:.1} img/s", done as f64 / started.elapsed().as_secs_f64()));
+        batches.push(images.to_device(tch::Device::Cpu));
+        Ok(())
+    })?;
+    bar.finish();
+    let seconds = started.elapsed().as_secs_f64();
+    eprintln!(
+        "{total} images in {seconds:.2} s, {} evaluation(s) of the network each",
+        method.num_evaluations()
+    );
+    let shape = batches.first().map(pictures::shape_of).context("no image was sampled")?;
+    let pixels = batches.iter().map(batch::from_tensor).collect::<Result<Vec<_>, _>>()?;
+    Ok((pixels.concat(), shape))
+}
+
+fn write_all(args: &SampleArgs, images: &(Vec<u8>, Shape), seeds: &[u64], labels: Option<&[i64]>) -> Result<()> {
+    let (pixels, shape) = images;
+    grid::save_samples(&args.out, pixels, *shape, seeds, args.subdirs)?;
+    let archive = args.out.join(npz::samples_name(seeds.len(), *shape));
+    npz::save(&archive, *shape, pixels, labels)?;
+    let shown = seeds.len().min(GRID_MOST);
+    let style = cm_data::GridStyle::readable(*shape, shown);
+    let sheet = args.out.join("grid.png");
+    pictures::save_png(&grid::grid(&pixels[..shown * shape.values()], *shape, &style)?, &sheet)?;
+    println!("images: {}", args.out.display());
+    println!("grid:   {}", sheet.display());
+    println!("npz:    {}", archive.display());
+    Ok(())
+}

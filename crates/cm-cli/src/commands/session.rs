@@ -1,0 +1,190 @@
+//! A training run from its parts: networks, data, trainer, and what is drawn while it goes.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result};
+use cm_data::Dataset;
+use cm_model::{Backbone, Preconditioned};
+use cm_net::ModelSpec;
+use cm_sampler::{Request, one_step};
+use cm_schedule::Boundary;
+use cm_train::{BoxError, Ending, Observer, Session, StepReport, Trainer, Weights};
+use tch::{Device, Tensor};
+
+use crate::experiment::Experiment;
+use crate::pictures;
+use crate::runs::CONFIG_FILE;
+use crate::ui::Bar;
+
+/// The models that `cm` trains.
+pub type Net = Preconditioned<Box<dyn Backbone>, Boundary>;
+
+/// Builds the experiment's network with fresh weights.
+pub fn build_net(experiment: &Experiment, device: Device) -> Result<Net> {
+    let net = cm_net::build(&experiment.network, experiment.train.seed, device)?;
+    let compute = experiment.compute(device)?;
+    if compute.channels_last {
+        net.params().to_channels_last();
+    }
+    let (precond, sigma_range) = (experiment.precond.boundary()?, experiment.precond.sigma_range()?);
+    Ok(Preconditioned { net, precond, sigma_range, compute })
+}
+
+/// A trainer before its first step.
+pub fn build_trainer(experiment: &Experiment, device: Device) -> Result<Trainer<Net>> {
+    let student = build_net(experiment, device)?;
+    let target = experiment.train.target.has_network().then(|| build_net(experiment, device)).transpose()?;
+    Ok(Trainer::new(student, target, &experiment.train, experiment.levels()?)?)
+}
+
+/// A stop flag that Ctrl-C (and a request to terminate) sets; the second one ends the process at once.
+pub fn stop_on_signal() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = stop.clone();
+    ctrlc::set_handler(move || {
+        if flag.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("\nfinishing the step and saving; press Ctrl-C again to stop at once, without saving");
+    })
+    .context("setting up Ctrl-C")?;
+    Ok(stop)
+}
+
+/// Everything that a run is made of.
+pub struct Run<'a> {
+    /// The experiment, resolved.
+    pub experiment: &'a Experiment,
+    /// The images.
+    pub data: Arc<dyn Dataset>,
+    /// The run's folder.
+    pub folder: &'a Path,
+    /// Set by Ctrl-C.
+    pub stop: &'a AtomicBool,
+}
+
+impl Run<'_> {
+    /// Trains to the end or until told to stop, with a progress bar, logs, checkpoints and sample grids.
+    pub fn train(&self, trainer: &mut Trainer<Net>, view: &mut View<'_>) -> Result<Ending> {
+        let text = self.experiment.to_toml()?;
+        cm_model::files::write_atomic(&self.folder.join(CONFIG_FILE), |file| {
+            std::io::Write::write_all(file, text.as_bytes())
+        })?;
+        let device = trainer.device();
+        let mut source = super::batches::Batches::open(self.experiment, self.data.clone(), device)?;
+        let spec = self.experiment.model_spec();
+        let metadata = |weights: Weights<'_>, step: u64| describe(&spec, &text, weights, step);
+        let session = Session {
+            folder: self.folder,
+            spec: &self.experiment.run,
+            stop: self.stop,
+            metadata: &metadata,
+        };
+        let ending = cm_train::run(trainer, &mut source, &session, view);
+        view.finish();
+        Ok(ending?)
+    }
+}
+
+/// What a model file of the run says about itself.
+fn describe(spec: &ModelSpec, config: &str, weights: Weights<'_>, step: u64) -> BTreeMap<String, String> {
+    let which = match weights {
+        Weights::Raw => "raw".to_owned(),
+        Weights::Ema(rate) => format!("ema {rate}"),
+        Weights::Target => "target".to_owned(),
+    };
+    let mut spec = spec.clone();
+    spec.about = BTreeMap::from([
+        ("weights".to_owned(), which),
+        ("step".to_owned(), step.to_string()),
+        ("config".to_owned(), config.to_owned()),
+    ]);
+    spec.metadata()
+}
+
+/// A hook that sees the samples of each sample point: the step and images `[N, C, H, W]` of the first average.
+pub type OnSamples<'a> = dyn FnMut(u64, &Tensor) -> Result<()> + 'a;
+
+/// Draws a run: a bar in the terminal, sample grids in the run's folder.
+pub struct View<'a> {
+    bar: Option<Bar>,
+    samples: PathBuf,
+    loss: f64,
+    on_samples: Option<&'a mut OnSamples<'a>>,
+    announce: bool,
+}
+
+/// Seeds of the sample grids: the same at every point of a run, so that one sees them change.
+const GRID_SEEDS: std::ops::Range<u64> = 0..64;
+
+impl<'a> View<'a> {
+    /// A view of a run in `folder` that goes from step `first` to `total`.
+    pub fn new(folder: &Path, first: u64, total: u64) -> Self {
+        let bar = Some(Bar::new("train", "steps", first, total));
+        Self { bar, samples: folder.join("samples"), loss: f64::NAN, on_samples: None, announce: true }
+    }
+
+    /// Hands the samples of each sample point to `hook` too, and leaves out the lines about files.
+    pub fn with_samples(mut self, hook: &'a mut OnSamples<'a>) -> Self {
+        self.on_samples = Some(hook);
+        self.announce = false;
+        self
+    }
+
+    fn finish(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish();
+        }
+    }
+
+    fn draw(&mut self, trainer: &Trainer<Net>) -> Result<()> {
+        let step = trainer.steps_done();
+        let seeds: Vec<u64> = GRID_SEEDS.collect();
+        let classes = cm_model::ConsistencyFn::num_classes(trainer.student());
+        let labels: Option<Vec<i64>> =
+            (classes > 0).then(|| seeds.iter().map(|&seed| seed as i64 % classes).collect());
+        let request = Request { labels: labels.as_deref(), ..Request::new(&seeds) };
+        let averages: Vec<String> = trainer.ema_names().map(str::to_owned).collect();
+        let mut first = None;
+        for name in &averages {
+            let images = trainer.with_ema(name, |model| one_step(model, &request))??;
+            self.write(step, &format!("ema-{name}"), &images)?;
+            first.get_or_insert(images);
+        }
+        let raw = one_step(trainer.student(), &request)?;
+        self.write(step, "raw", &raw)?;
+        match &mut self.on_samples {
+            Some(hook) => hook(step, first.as_ref().unwrap_or(&raw)),
+            None => Ok(()),
+        }
+    }
+
+    fn write(&self, step: u64, name: &str, images: &Tensor) -> Result<()> {
+        let path = self.samples.join(format!("step-{step:08}-{name}.png"));
+        pictures::save_png(&pictures::grid(images, 8)?, &path)
+    }
+}
+
+impl Observer<Net> for View<'_> {
+    fn on_step(&mut self, report: &StepReport) {
+        // A smoothed loss: single batches jump too much to be read.
+        self.loss = if self.loss.is_nan() { report.loss } else { 0.95 * self.loss + 0.05 * report.loss };
+        let scale = report.num_scales.map(|n| format!("  N {n}")).unwrap_or_default();
+        let Some(bar) = &mut self.bar else { return };
+        let rate = bar.images_per_second(report.images / report.step.max(1), report.step);
+        bar.set(report.step, format!("loss {:.4}{scale}  {rate:.0} img/s", self.loss));
+    }
+
+    fn on_checkpoint(&mut self, folder: &Path, _step: u64) {
+        if let (Some(bar), true) = (&self.bar, self.announce) {
+            bar.line(&format!("saved {}", folder.display()));
+        }
+    }
+
+    fn on_sample(&mut self, trainer: &Trainer<Net>) -> std::result::Result<(), BoxError> {
+        self.draw(trainer).map_err(|error| format!("{error:#}").into())
+    }
+}

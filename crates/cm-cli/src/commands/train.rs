@@ -1,0 +1,139 @@
+//! `cm train` and `cm train-cifar10`.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use cm_torch::device;
+use cm_train::{Checkpoints, Ending};
+use tch::Device;
+
+use super::session::{self, Run, View};
+use super::{data, dry_run};
+use crate::args::{CifarArgs, RunArgs, TrainArgs};
+use crate::config::Source;
+use crate::exit::{Failure, OrUsage, Outcome};
+use crate::experiment::Experiment;
+use crate::runs::{CONFIG_FILE, find_model};
+
+/// Runs `cm train`.
+pub fn train(args: &TrainArgs) -> Outcome {
+    let mut experiment = read(args.config.as_deref(), &args.run).or_usage()?;
+    if let Some(path) = &args.data {
+        experiment.set_data(path);
+    }
+    start(&experiment, &args.run)
+}
+
+/// Runs `cm train-cifar10`: as `cm train`, with the data fetched where it is not there.
+pub fn train_cifar10(args: &CifarArgs) -> Outcome {
+    let mut experiment = read(Some(&args.config), &args.run).or_usage()?;
+    experiment.set_data(&args.data);
+    if !args.run.dry_run {
+        experiment.data.validate().or_usage()?;
+        data::ensure_cifar10(&args.data, metric_error(&experiment)).or_usage()?;
+    }
+    start(&experiment, &args.run)
+}
+
+/// The experiment of `--config`, or with `--resume` alone that of the run's folder.
+fn read(config: Option<&str>, args: &RunArgs) -> Result<Experiment> {
+    let source = match (config, &args.out) {
+        (_, Some(out)) if args.resume && out.join(CONFIG_FILE).is_file() => Source::file(out.join(CONFIG_FILE))?,
+        (Some(config), _) => Source::find(config)?,
+        (None, Some(out)) if args.resume => {
+            bail!("{}: no {CONFIG_FILE} in this folder; is it a run? --config starts one", out.display())
+        }
+        (None, _) => bail!("--config is missing: a TOML file or a preset, such as --config digits-ct"),
+    };
+    Experiment::read(&source, &args.sets)
+}
+
+/// Why the experiment's metric cannot be used, if it cannot.
+fn metric_error(experiment: &Experiment) -> Option<cm_train::Error> {
+    experiment.train.check(experiment.network.image_shape()).err()
+}
+
+fn start(experiment: &Experiment, args: &RunArgs) -> Outcome {
+    let resolved = device::resolve_with_note(&args.device).or_usage()?;
+    if let Some(note) = &resolved.note {
+        eprintln!("device: {:?} ({note})", resolved.device);
+    }
+    if args.dry_run {
+        return dry_run::dry_run(experiment, resolved.device);
+    }
+    let folder = args.out.clone().unwrap_or_else(|| Path::new("runs").join(&experiment.name));
+    // Whatever the user has to mend is found before a network is built.
+    let opened = experiment.data.open().or_usage()?;
+    experiment.check_data(&*opened).or_usage()?;
+    if let Some(error) = metric_error(experiment) {
+        return Err(Failure::Usage(error.into()));
+    }
+    check_folder(&folder, args.resume).or_usage()?;
+    experiment.compute(resolved.device).or_usage()?;
+    run(experiment, opened, &folder, resolved.device, args.resume)
+}
+
+/// A new run needs a folder without checkpoints.
+fn check_folder(folder: &Path, resume: bool) -> Result<()> {
+    let steps = Checkpoints::of_run(folder).steps()?;
+    match steps.last() {
+        Some(step) if !resume => bail!(
+            "{}: this folder holds a run (checkpoint of step {step}); go on with --resume, or choose another --out",
+            folder.display()
+        ),
+        _ => Ok(()),
+    }
+}
+
+fn run(
+    experiment: &Experiment,
+    data: std::sync::Arc<dyn cm_data::Dataset>,
+    folder: &Path,
+    device: Device,
+    resume: bool,
+) -> Outcome {
+    let stop = session::stop_on_signal()?;
+    eprintln!("data: {} ({} images of {})", data.source(), data.len(), data.shape());
+    let mut trainer = session::build_trainer(experiment, device).or_usage()?;
+    if resume {
+        announce(&cm_train::resume(&mut trainer, folder).or_usage()?);
+    }
+    eprintln!(
+        "network: {} parameters; run: {} steps of {} images into {}",
+        cm_train::Trainable::params(trainer.student()).num_parameters(),
+        experiment.train.total_steps,
+        experiment.train.batch,
+        folder.display()
+    );
+    let (first, total) = (trainer.steps_done(), experiment.train.total_steps);
+    let mut view = View::new(folder, first, total);
+    let ending = Run { experiment, data, folder, stop: &stop }.train(&mut trainer, &mut view)?;
+    let at = format!("step {} of {total}", trainer.steps_done());
+    match ending {
+        Ending::Finished => finished(folder),
+        Ending::Stopped => Err(Failure::Interrupted(format!(
+            "saved {at}; go on with: cm train --out {} --resume",
+            folder.display()
+        ))),
+    }
+}
+
+fn announce(resumed: &cm_train::Resumed) {
+    for broken in &resumed.passed_over {
+        eprintln!("WARNING: {} is not whole and was passed over: {}", broken.path.display(), broken.problem);
+    }
+    for change in &resumed.changed {
+        eprintln!("WARNING: changed since the checkpoint: {change}");
+    }
+    match resumed.step {
+        Some(step) => eprintln!("resumed at step {step}"),
+        None => eprintln!("no checkpoint yet: starting from step 0"),
+    }
+}
+
+fn finished(folder: &Path) -> Outcome {
+    let model: PathBuf = find_model(folder, None).context("looking for the run's model")?;
+    println!("model: {}", model.display());
+    println!("try:   cm sample {} --seeds 0-63", folder.display());
+    Ok(())
+}

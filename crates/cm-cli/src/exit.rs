@@ -1,0 +1,96 @@
+//! How the command ends: exit codes and the one line that says why.
+
+use std::fmt;
+use std::process::ExitCode;
+
+/// Why a command failed, with the exit code that goes with it.
+pub enum Failure {
+    /// Wrong usage, config, data or file: nothing was computed. Exit code 2.
+    Usage(anyhow::Error),
+    /// Something failed while running. Exit code 1.
+    Run(anyhow::Error),
+    /// The loss or a gradient was not finite. Exit code 3.
+    Diverged(anyhow::Error),
+    /// Ctrl-C, after what was computed had been saved. Exit code 130.
+    Interrupted(String),
+}
+
+/// Result of a command.
+pub type Outcome<T = ()> = Result<T, Failure>;
+
+impl Failure {
+    /// The exit code.
+    pub fn code(&self) -> ExitCode {
+        match self {
+            Failure::Usage(_) => 2,
+            Failure::Run(_) => 1,
+            Failure::Diverged(_) => 3,
+            Failure::Interrupted(_) => 130,
+        }
+        .into()
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Failure::Usage(error) | Failure::Run(error) | Failure::Diverged(error) => {
+                write!(f, "error: {}", one_line(error))
+            }
+            Failure::Interrupted(what) => write!(f, "interrupted: {what}"),
+        }
+    }
+}
+
+/// The chain of causes on one line. A cause whose text the line already ends with is not said twice.
+fn one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain() {
+        let text = cause.to_string().replace('\n', " ");
+        if line.contains(text.as_str()) {
+            continue;
+        }
+        if !line.is_empty() {
+            line.push_str(": ");
+        }
+        line.push_str(&text);
+    }
+    line
+}
+
+impl<E: Into<anyhow::Error>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        let error = error.into();
+        match error.downcast_ref::<cm_train::Error>() {
+            Some(cm_train::Error::Diverged { .. } | cm_train::Error::NonFinite { .. }) => {
+                Failure::Diverged(error)
+            }
+            _ => Failure::Run(error),
+        }
+    }
+}
+
+/// Marks an error as the user's to mend before anything runs.
+pub trait OrUsage<T> {
+    /// Turns the error into [`Failure::Usage`].
+    fn or_usage(self) -> Outcome<T>;
+}
+
+impl<T, E: Into<anyhow::Error>> OrUsage<T> for Result<T, E> {
+    fn or_usage(self) -> Outcome<T> {
+        self.map_err(|error| Failure::Usage(error.into()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anyhow::Context;
+
+    #[test]
+    fn a_cause_is_said_once_and_on_one_line() {
+        let inner: anyhow::Result<()> = Err(anyhow::anyhow!("b\nc"));
+        let error = inner.context("a: b c").context("top").unwrap_err();
+        assert_eq!(one_line(&error), "top: a: b c");
+    }
+}

@@ -1,0 +1,180 @@
+//! One experiment: everything that decides what a training run computes, as typed data.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use cm_data::SourceSpec;
+use cm_model::Compute;
+use cm_net::{ModelSpec, NetSpec, PrecondSpec, Role};
+use cm_train::{Levels, RunSpec, TrainSpec};
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind};
+
+use crate::config::Source;
+
+/// An experiment file, read and typed. Unknown keys are refused at every level.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Experiment {
+    /// Its name, which names the run's folder where none is given.
+    pub name: String,
+    /// The images.
+    pub data: SourceSpec,
+    /// The network.
+    pub network: NetSpec,
+    /// Its preconditioning and noise levels.
+    pub precond: PrecondSpec,
+    /// The recipe, the optimiser and the averages.
+    pub train: TrainSpec,
+    /// Dtype and memory order of the network's work.
+    pub compute: ComputeSpec,
+    /// How often what is written.
+    pub run: RunSpec,
+}
+
+/// The section `[compute]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ComputeSpec {
+    /// Lower precision inside the network; float32 if left out. Weights, noise levels, preconditioning and loss
+    /// stay float32.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub autocast: Option<LowPrecision>,
+    /// Images and convolution weights in channels-last memory order.
+    pub channels_last: bool,
+}
+
+/// Dtypes of autocast.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LowPrecision {
+    /// bfloat16: the range of float32, eight bits of mantissa.
+    Bf16,
+    /// IEEE half precision, on CUDA alone: without a loss scale its gradients may underflow.
+    Fp16,
+}
+
+impl Experiment {
+    /// Reads an experiment and checks it, all but the data.
+    pub fn read(source: &Source, sets: &[String]) -> Result<Self> {
+        let experiment: Self = source.parse(sets)?;
+        experiment.check().with_context(|| source.name.clone())?;
+        Ok(experiment)
+    }
+
+    fn check(&self) -> Result<()> {
+        let safe = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+        if self.name.is_empty() || !self.name.chars().all(safe) || self.name.starts_with('.') {
+            bail!("name = {:?}: expected letters, digits, '-', '_' and '.', as in digits-ct", self.name);
+        }
+        self.network.validate().context("network")?;
+        self.precond.sigma_range().context("precond")?;
+        self.precond.grid().context("precond")?;
+        self.precond.boundary().context("precond")?;
+        self.run.check()?;
+        let shape = self.network.image_shape();
+        // LPIPS is checked where it is used: a dry run does without.
+        match self.train.check(shape) {
+            Err(cm_train::Error::MissingMetric { .. }) | Ok(_) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The network's computing on `device`.
+    pub fn compute(&self, device: Device) -> Result<Compute> {
+        let autocast = match self.compute.autocast {
+            None => None,
+            Some(LowPrecision::Bf16) => Some(Kind::BFloat16),
+            Some(LowPrecision::Fp16) if device.is_cuda() => Some(Kind::Half),
+            Some(LowPrecision::Fp16) => {
+                bail!("compute.autocast = \"fp16\" needs CUDA; on a CPU use --set compute.autocast=bf16")
+            }
+        };
+        Ok(Compute { autocast, channels_last: self.compute.channels_last })
+    }
+
+    /// What the model files of this experiment say about themselves.
+    pub fn model_spec(&self) -> ModelSpec {
+        ModelSpec::new(Role::Consistency, self.network.clone(), self.precond)
+    }
+
+    /// The noise levels that recipes draw from.
+    pub fn levels(&self) -> Result<Levels> {
+        Ok(Levels { range: self.precond.sigma_range()?, sigma_data: self.precond.sigma_data })
+    }
+
+    /// The experiment as a TOML file, with every value written out.
+    pub fn to_toml(&self) -> Result<String> {
+        toml::to_string(self).context("writing the experiment as TOML")
+    }
+
+    /// Points the data at `path`, where the data comes from a path.
+    pub fn set_data(&mut self, path: &Path) {
+        self.data.path = Some(path.to_owned());
+    }
+
+    /// Checks that the opened data fits the network.
+    pub fn check_data(&self, data: &dyn cm_data::Dataset) -> Result<()> {
+        let (want, got) = (self.network.image_shape(), data.shape());
+        let fits = (got.channels as i64, got.height as i64, got.width as i64)
+            == (want.channels, want.height, want.width);
+        if !fits {
+            bail!(
+                "{}: the images are {got}, the network takes {want}; set data.resolution and data.channels, or \
+                 network.image_size and network.image_channels",
+                data.source()
+            );
+        }
+        let (classes, known) = (self.network.num_classes(), data.num_classes() as i64);
+        if classes > 0 && known == 0 {
+            bail!("{}: the images have no labels, and the network has {classes} classes", data.source());
+        }
+        if classes > 0 && known > classes {
+            bail!("{}: the data has {known} classes, network.num_classes is {classes}", data.source());
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::PRESETS;
+
+    #[test]
+    fn every_preset_reads_and_survives_its_own_toml() {
+        for (name, _) in PRESETS {
+            let experiment = Experiment::read(&Source::find(name).unwrap(), &[]).unwrap();
+            assert_eq!(experiment.name, *name, "a preset is named as its file");
+            let text = experiment.to_toml().unwrap();
+            assert_eq!(toml::from_str::<Experiment>(&text).unwrap(), experiment, "{name}");
+        }
+    }
+
+    #[test]
+    fn wrong_values_are_one_line_with_their_key() {
+        let error = |set: &str| {
+            let source = Source::find("digits-ct").unwrap();
+            format!("{:#}", Experiment::read(&source, &[set.to_owned()]).unwrap_err())
+        };
+        for (set, words) in [
+            ("precond.sigma_min=0", "sigma_min"),
+            ("train.lr=-1", "train.lr = -1"),
+            ("train.lerning_rate=1", "lerning_rate"),
+            ("network.image_size=9", "image_size"),
+            ("run.log_every=0", "run.log_every = 0"),
+            ("name=../x", "name"),
+            ("train.metric=l7", "l7"),
+        ] {
+            let error = error(set);
+            assert!(error.contains(words) && !error.contains('\n'), "{set}: {error}");
+        }
+    }
+
+    #[test]
+    fn cifar_is_the_papers_network() {
+        let experiment = Experiment::read(&Source::find("cifar10-ct").unwrap(), &[]).unwrap();
+        assert_eq!(experiment.network.num_parameters().unwrap(), 56_395_523);
+        assert_eq!(experiment.train.batch, 512);
+    }
+}
