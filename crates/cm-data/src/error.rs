@@ -1,0 +1,262 @@
+//! What can go wrong with data, in sentences for the person who has to mend it.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::dataset::Shape;
+
+/// The result type of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Everything that a reader, the loader or the download reports.
+///
+/// Each message is one line: what was expected, what came, where, and what to do. The underlying error sits in
+/// `cause`; its text is already in the message, so it is not repeated as a `source`.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A key of the data section has a value that does not fit, alone or beside another key.
+    #[error("data: {key} = {value}: {reason}")]
+    Spec {
+        /// The key as written in the config.
+        key: &'static str,
+        /// The value as given (`unset` where it is missing).
+        value: String,
+        /// The allowed values, or why the two keys exclude each other.
+        reason: String,
+    },
+    /// Nothing of the expected form lies at the place that was given.
+    #[error("no {what} at {}: expected {expected}; found {found}; {remedy}", path.display())]
+    Missing {
+        /// The kind of data, for people.
+        what: &'static str,
+        /// Where it was looked for.
+        path: PathBuf,
+        /// The expected layout.
+        expected: String,
+        /// What is there instead.
+        found: String,
+        /// What to do.
+        remedy: String,
+    },
+    /// The operating system refused.
+    #[error("cannot {action} {}: {cause}", path.display())]
+    Io {
+        /// What was tried: `read`, `write`, `list`, …
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        cause: io::Error,
+    },
+    /// A file holds fewer or more bytes than its form demands.
+    #[error("{file}: expected {expected} bytes {what}, got {got}; the file is {}", if got < expected { "truncated: fetch or copy it again" } else { "longer than its form allows" })]
+    Length {
+        /// The file, and the member inside an archive.
+        file: String,
+        /// What the bytes are.
+        what: String,
+        /// Bytes demanded.
+        expected: u64,
+        /// Bytes there.
+        got: u64,
+    },
+    /// A file is not of the form that it was read as.
+    #[error("{file}: expected {expected}, found {found}")]
+    Format {
+        /// The file, and the member inside an archive.
+        file: String,
+        /// The form that was expected.
+        expected: String,
+        /// What stood there.
+        found: String,
+    },
+    /// A header claims a size that this crate refuses to allocate.
+    #[error(
+        "{file}: claims {claimed} {what}, more than the {limit} that are accepted; the header is damaged or hostile"
+    )]
+    TooLarge {
+        /// The file, and the member inside an archive.
+        file: String,
+        /// What is counted.
+        what: &'static str,
+        /// The claim.
+        claimed: u64,
+        /// The limit.
+        limit: u64,
+    },
+    /// An image, or a member of an archive, does not decode.
+    #[error("{file}: cannot decode: {cause}; replace the file or take it out of the set")]
+    Corrupt {
+        /// The image file, and the archive around it.
+        file: String,
+        /// The decoder's reason, in one line.
+        cause: String,
+    },
+    /// A label lies outside the classes.
+    #[error("{file}: image {index}: label {value} is outside 0..={}", u64::from(*classes).saturating_sub(1))]
+    Label {
+        /// The file that says so.
+        file: String,
+        /// The image, counted from 0 within that file.
+        index: usize,
+        /// The label.
+        value: i64,
+        /// The number of classes.
+        classes: u32,
+    },
+    /// An image has no label although others of the set do.
+    #[error("{labels_from}: no label for {file}; label every image or set labels = \"none\"")]
+    Unlabelled {
+        /// The image.
+        file: String,
+        /// Where labels come from.
+        labels_from: String,
+    },
+    /// An image is not of the size that the config or the rest of the set demands.
+    #[error(
+        "{file}: expected {expected_width}x{expected_height} pixels, got {width}x{height}; set resolution with fit = \"center_crop\" or \"stretch\" to scale on loading"
+    )]
+    Resolution {
+        /// The image.
+        file: String,
+        /// Width demanded, in pixels.
+        expected_width: usize,
+        /// Height demanded, in pixels.
+        expected_height: usize,
+        /// Width found.
+        width: usize,
+        /// Height found.
+        height: usize,
+    },
+    /// A set without a single image.
+    #[error("{place}: no images: {reason}")]
+    Empty {
+        /// The set.
+        place: String,
+        /// What was looked for.
+        reason: String,
+    },
+    /// A member of an archive has a name that leads out of the archive.
+    #[error("{}: refusing member {name:?}: names must be relative and without `..`", archive.display())]
+    UnsafeName {
+        /// The archive.
+        archive: PathBuf,
+        /// The member.
+        name: String,
+    },
+    /// An index or a buffer that does not fit the set: a fault of the calling program.
+    #[error("{what}: expected {expected}, got {got}")]
+    Argument {
+        /// The argument.
+        what: &'static str,
+        /// What fits.
+        expected: String,
+        /// What came.
+        got: String,
+    },
+    /// Two sets or a set and a network do not have the same image shape.
+    #[error("{what}: expected images of {expected}, got {got}")]
+    Shape {
+        /// What was compared.
+        what: String,
+        /// The shape demanded.
+        expected: Shape,
+        /// The shape found.
+        got: Shape,
+    },
+    /// A download did not come to its end.
+    #[error(
+        "cannot download {url}: {reason}; put {file} into {} by hand (the part fetched so far is kept and resumed), or run `cargo xtask demo`, which needs no download",
+        place.display()
+    )]
+    Download {
+        /// The address.
+        url: String,
+        /// The client's or the server's reason, in one line.
+        reason: String,
+        /// The file's name.
+        file: String,
+        /// The folder that it belongs into.
+        place: PathBuf,
+    },
+    /// A file's MD5 is not the published one.
+    #[error("{}: expected MD5 {expected}, got {got}; the file is damaged or another version: delete it and fetch it again", path.display())]
+    Checksum {
+        /// The file.
+        path: PathBuf,
+        /// The published digest.
+        expected: String,
+        /// The digest found.
+        got: String,
+    },
+    /// libtorch refused a copy.
+    #[error("{what}: {}", one_line(cause.to_string().lines().next().unwrap_or_default()))]
+    Torch {
+        /// What was tried.
+        what: &'static str,
+        /// The whole message, which goes on with a C++ backtrace.
+        cause: tch::TchError,
+    },
+    /// A thread of the loader ended without a result: a fault of this program or of a decoder.
+    #[error("the loader's thread stopped at step {step}: {message}")]
+    Worker {
+        /// The step whose batch was due.
+        step: u64,
+        /// The panic's text.
+        message: String,
+    },
+}
+
+impl Error {
+    /// An [`Error::Io`] for `path`, for use in `map_err`.
+    pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
+        let path = path.to_path_buf();
+        move |cause| Error::Io { action, path, cause }
+    }
+
+    /// An [`Error::Corrupt`] whose cause is squeezed into one line.
+    pub(crate) fn corrupt(file: impl Into<String>, cause: impl std::fmt::Display) -> Error {
+        Error::Corrupt { file: file.into(), cause: one_line(&cause.to_string()) }
+    }
+
+    /// An [`Error::Format`].
+    pub(crate) fn format(file: &str, expected: impl Into<String>, found: impl Into<String>) -> Error {
+        Error::Format { file: file.into(), expected: expected.into(), found: one_line(&found.into()) }
+    }
+}
+
+/// Joins the lines of a foreign message and cuts it to a length that a terminal shows.
+pub(crate) fn one_line(text: &str) -> String {
+    let joined = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    match joined.char_indices().nth(300) {
+        Some((end, _)) => format!("{}…", &joined[..end]),
+        None => joined,
+    }
+}
+
+/// The first few names in a folder, for the `found` of [`Error::Missing`].
+pub(crate) fn listing(path: &Path) -> String {
+    if !path.exists() {
+        return "nothing (the path does not exist)".into();
+    }
+    if path.is_file() {
+        return format!("a file of {} bytes", path.metadata().map_or(0, |m| m.len()));
+    }
+    let Ok(entries) = std::fs::read_dir(path) else { return "a folder that cannot be listed".into() };
+    let mut names: Vec<String> = entries
+        .filter_map(|e| e.ok())
+        .take(1000)
+        .map(|e| e.file_name().to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    match names.len() {
+        0 => "an empty folder".into(),
+        n if n <= 6 => names.join(", "),
+        n => format!(
+            "{}, … ({} entries)",
+            names[..6].join(", "),
+            if n == 1000 { "1000 or more".into() } else { n.to_string() }
+        ),
+    }
+}
