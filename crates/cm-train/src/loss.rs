@@ -32,9 +32,9 @@ pub struct Losses {
     pub per_sample: Tensor,
     /// Distances `[B]` before weighting, without a graph.
     pub distance: Tensor,
-    /// The student's images, without a graph.
+    /// The student's images with their graph, for whoever measures them in another way.
     pub student: Tensor,
-    /// The images that they were compared with.
+    /// The images that they were compared with, without a graph.
     pub target: Tensor,
 }
 
@@ -105,7 +105,7 @@ fn matching_loss(
     let distances = distance.between(&estimate, &wanted);
     let weights = Sigma::Each(&pairs.weight).flat(images.device(), |weight| weight);
     let per_sample = &distances * weights;
-    Ok(Losses { per_sample, distance: distances.detach(), student: estimate.detach(), target: wanted })
+    Ok(Losses { per_sample, distance: distances.detach(), student: estimate, target: wanted })
 }
 
 impl<'a> Example<'a> {

@@ -1,0 +1,117 @@
+//! How long does one step of consistency training take: draws, target and student forward, backward, RAdam with one
+//! average and the target's average?
+//!
+//! The digits network decides how many steps the demo can afford; the CIFAR-10 network decides whether bfloat16 and
+//! channels-last are worth it on this machine. The step reads its losses, so the device's work is inside the time.
+//!
+//! | name | network | images | dtype |
+//! | --- | --- | --- | --- |
+//! | digits_1x8x8_b128_f32 | SongUNet, 32 channels | 128 in one part | float32 |
+//! | digits_1x8x8_b128_f32_cl | the same | 128 in one part | float32, channels-last |
+//! | cifar10_3x32x32_b8_f32 | NCSN++, 56.4 M | 8 in one part | float32 |
+//! | cifar10_3x32x32_b8_bf16_cl | the same | 8 in one part | bfloat16, channels-last |
+
+// The macro below makes a public function without a comment.
+#![allow(missing_docs)]
+
+use std::hint::black_box;
+use std::time::Duration;
+
+use cm_model::{Backbone, Compute, Cond, Preconditioned};
+use cm_net::{Decoder, Encoder, NetSpec, NoiseEmbedding, SongUnetSpec, build};
+use cm_schedule::{
+    Boundary, EmaRule, IndexDist, LrRule, NoiseCond, NumScales, Reading, SigmaRange, TargetEma, Weighting,
+};
+use cm_torch::optim::OptimKind;
+use cm_train::{Batch, Levels, Metric, PairRule, TargetRule, TrainSpec, Trainer};
+use criterion::{BenchmarkId, Criterion, SamplingMode, criterion_group, criterion_main};
+use tch::{Device, Kind, Tensor};
+
+type Model = Preconditioned<Box<dyn Backbone>, Boundary>;
+
+fn digits() -> SongUnetSpec {
+    SongUnetSpec {
+        image_size: 8,
+        image_channels: 1,
+        num_classes: 0,
+        augment_dim: 0,
+        model_channels: 32,
+        channel_mult: vec![1, 2],
+        channel_mult_emb: 4,
+        num_blocks: 1,
+        attn_resolutions: Vec::new(),
+        dropout: 0.0,
+        label_dropout: 0.0,
+        embedding: NoiseEmbedding::Positional {},
+        channel_mult_noise: 1,
+        encoder: Encoder::Standard,
+        decoder: Decoder::Standard,
+        resample_filter: vec![1.0, 1.0],
+    }
+}
+
+fn model(spec: &NetSpec, compute: Compute) -> Model {
+    let net = build(spec, 0, Device::Cpu).expect("the bench's network is valid");
+    if compute.channels_last {
+        net.params().to_channels_last();
+    }
+    let precond = Boundary::new(0.5, 0.002, NoiseCond::QuarterLog).expect("EDM's numbers are valid");
+    Preconditioned { net, precond, sigma_range: SigmaRange::EDM, compute }
+}
+
+/// Algorithm 3 with a grid of 18 levels.
+fn train_spec(batch: usize) -> TrainSpec {
+    TrainSpec {
+        seed: 0,
+        total_steps: 1_000_000,
+        batch,
+        micro_batch: None,
+        pairs: PairRule::Grid {
+            rho: 7.0,
+            num_scales: NumScales::Fixed { num_scales: 18 },
+            index: IndexDist::Uniform {},
+        },
+        target: TargetRule::Ema { rule: TargetEma::Adaptive { mu0: 0.9, s0: 2, reading: Reading::Paper } },
+        metric: Metric::L2,
+        weighting: Weighting::Uniform,
+        optimizer: OptimKind::radam(),
+        lr: 1e-4,
+        lr_rule: LrRule::Constant {},
+        emas: vec![EmaRule::Beta { beta: 0.9999 }],
+        grad_clip: None,
+        replace_non_finite: None,
+    }
+}
+
+fn step(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("ct_step");
+    group.sampling_mode(SamplingMode::Flat).sample_size(10).warm_up_time(Duration::from_secs(1));
+    let fast = |autocast| Compute { autocast, channels_last: true };
+    let cases: [(&str, NetSpec, usize, Compute); 4] = [
+        ("digits_1x8x8_b128_f32", digits().into(), 128, Compute::default()),
+        ("digits_1x8x8_b128_f32_cl", digits().into(), 128, fast(None)),
+        ("cifar10_3x32x32_b8_f32", SongUnetSpec::consistency_cifar10().into(), 8, Compute::default()),
+        (
+            "cifar10_3x32x32_b8_bf16_cl",
+            SongUnetSpec::consistency_cifar10().into(),
+            8,
+            fast(Some(Kind::BFloat16)),
+        ),
+    ];
+    for (name, spec, batch, compute) in cases {
+        group.bench_function(BenchmarkId::from_parameter(name), |bencher| {
+            let levels = Levels { range: SigmaRange::EDM, sigma_data: 0.5 };
+            let target = Some(model(&spec, compute));
+            let mut trainer = Trainer::new(model(&spec, compute), target, &train_spec(batch), levels)
+                .expect("the bench's settings are valid");
+            let shape = spec.image_shape().batch(batch as i64);
+            let images = Tensor::rand(shape, (Kind::Float, Device::Cpu)) * 2.0 - 1.0;
+            let batch = Batch { images, cond: Cond::none() };
+            bencher.iter(|| black_box(trainer.step(&batch).expect("a step on noise is finite").loss));
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, step);
+criterion_main!(benches);
