@@ -7,6 +7,9 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{Error, Result, TensorMap, files};
 
+/// Name, shape and dtype (as safetensors writes it: `F32`, `BF16` …) of a tensor in a file.
+pub type TensorInfo = (String, Vec<i64>, String);
+
 /// Named tensors with text metadata: the content of one safetensors file.
 #[derive(Debug, Default)]
 pub struct Bundle {
@@ -49,7 +52,7 @@ impl Bundle {
     ///
     /// # Errors
     /// As [`Bundle::read`].
-    pub fn read_header(path: &Path) -> Result<(BTreeMap<String, String>, Vec<(String, Vec<i64>, String)>)> {
+    pub fn read_header(path: &Path) -> Result<(BTreeMap<String, String>, Vec<TensorInfo>)> {
         use std::io::Read;
         let problem = |problem: String| Error::File { path: path.into(), problem };
         let mut file = std::fs::File::open(path).map_err(|e| Error::io(path, "opening", e))?;
@@ -102,7 +105,9 @@ pub(crate) fn write_tensors<'a>(
     let views: Vec<(&str, TensorView<'_>)> =
         tensors.map(|(name, tensor)| Ok((name, TensorView::new(name, tensor)?))).collect::<Result<_>>()?;
     let metadata: HashMap<String, String> = metadata.iter().map(|(k, v)| (k.clone(), v.clone())).collect();
-    serialize_to_file(views, Some(metadata), temp.path()).map_err(|e| match e {
+    // An empty map beside no tensors makes safetensors write a head that it cannot read again.
+    let metadata = (!metadata.is_empty()).then_some(metadata);
+    serialize_to_file(views, metadata, temp.path()).map_err(|e| match e {
         safetensors::SafeTensorError::IoError(e) => Error::io(path, "writing", e),
         e => Error::File { path: path.into(), problem: e.to_string() },
     })?;

@@ -21,7 +21,7 @@ mod precond;
 mod shape;
 mod traits;
 
-pub use bundle::Bundle;
+pub use bundle::{Bundle, TensorInfo};
 pub use cm_schedule as schedule;
 pub use cm_torch as torch;
 pub use cond::{Cond, Mode, Sigma};
