@@ -2,6 +2,7 @@
 #![deny(missing_docs)]
 pub mod batch;
 pub mod dataset;
+pub mod download;
 pub mod error;
 pub mod formats;
 pub mod grid;

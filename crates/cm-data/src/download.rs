@@ -1,0 +1,270 @@
+//! Fetching a published file: with progress, resumed where it tore, checked, and renamed into place.
+//!
+//! What has arrived lies in `NAME.partial` beside the final place and stays there on any failure, so that the next
+//! attempt asks for the rest alone (HTTP Range). Only a file whose MD5 is right gets its name.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use md5::{Digest, Md5};
+use ureq::Agent;
+use ureq::http::StatusCode;
+use ureq::http::header::{CONTENT_RANGE, RANGE};
+
+use crate::error::{Error, Result, one_line};
+use crate::formats::cifar;
+
+/// How far a download is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    /// Bytes on the disk.
+    pub done: u64,
+    /// Bytes in all, once the server has said so.
+    pub total: Option<u64>,
+}
+
+/// A file to fetch.
+#[derive(Debug, Clone)]
+pub struct Download {
+    /// Its address.
+    pub url: String,
+    /// Where it goes.
+    pub to: PathBuf,
+    /// Its MD5, 32 hexadecimal digits in lower case.
+    pub md5: String,
+    /// Attempts in a row that may bring nothing; one that brings bytes starts the count anew.
+    pub attempts: u32,
+    /// The wait before the second of them; it doubles each time.
+    pub pause: Duration,
+}
+
+/// What one request came to.
+enum Outcome {
+    /// The file is whole, as far as the server's length tells.
+    Whole,
+    /// The server or the line gave up, with the reason.
+    Torn(String),
+    /// Another attempt would end the same way.
+    Refused(String),
+}
+
+impl Download {
+    /// CIFAR-10's binary archive, into `folder`.
+    pub fn cifar10(folder: &Path) -> Self {
+        Self {
+            url: cifar::URL.into(),
+            to: folder.join(cifar::ARCHIVE),
+            md5: cifar::MD5.into(),
+            attempts: 4,
+            pause: Duration::from_secs(1),
+        }
+    }
+
+    /// Where bytes gather until the file is whole.
+    pub fn partial(&self) -> PathBuf {
+        let mut name = self.to.clone().into_os_string();
+        name.push(".partial");
+        name.into()
+    }
+
+    /// Fetches the file, or returns at once if it is there with the right MD5. Returns its path.
+    ///
+    /// `progress` is called after each piece that was written.
+    ///
+    /// # Errors
+    /// [`Error::Download`] says which file goes where by hand; [`Error::Checksum`] if the file that lies there, or
+    /// the one that came, is another; [`Error::Io`] if the disk refuses.
+    pub fn run(&self, progress: &mut dyn FnMut(Progress)) -> Result<PathBuf> {
+        if self.to.is_file() {
+            check_md5(&self.to, &self.md5)?;
+            return Ok(self.to.clone());
+        }
+        let folder = self.to.parent().unwrap_or(Path::new("."));
+        std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+        let path = self.partial();
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .map_err(Error::io("write", &path))?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                return Err(self.failed("another process is downloading it".into()));
+            }
+            Err(TryLockError::Error(cause)) => return Err(Error::io("lock", &path)(cause)),
+        }
+        let resumed = self.fetch(&mut file, &path, progress)?;
+        let mut checked = check_md5(&path, &self.md5);
+        if resumed && matches!(checked, Err(Error::Checksum { .. })) {
+            // The older part may be of another version; from the start it is the server's file or nobody's.
+            file.set_len(0).map_err(Error::io("write", &path))?;
+            self.fetch(&mut file, &path, progress)?;
+            checked = check_md5(&path, &self.md5);
+        }
+        if matches!(checked, Err(Error::Checksum { .. })) {
+            // Kept, it would be resumed from and fail again for ever.
+            let _ = std::fs::remove_file(&path);
+        }
+        checked?;
+        file.sync_all().map_err(Error::io("write", &path))?;
+        drop(file);
+        std::fs::rename(&path, &self.to).map_err(Error::io("write", &self.to))?;
+        Ok(self.to.clone())
+    }
+
+    /// Fills the partial file up. Returns whether it held something before.
+    fn fetch(&self, file: &mut File, path: &Path, progress: &mut dyn FnMut(Progress)) -> Result<bool> {
+        let length = |file: &File| Ok(file.metadata().map_err(Error::io("read", path))?.len());
+        let before = length(file)?;
+        let agent = agent();
+        let mut idle = 0;
+        loop {
+            let start = length(file)?;
+            let reason = match self.request(&agent, file, path, start, progress)? {
+                Outcome::Whole => return Ok(before > 0),
+                Outcome::Refused(reason) => return Err(self.failed(reason)),
+                Outcome::Torn(reason) => reason,
+            };
+            idle = if length(file)? > start { 0 } else { idle + 1 };
+            if idle >= self.attempts {
+                return Err(self.failed(format!("{reason} ({idle} attempts)")));
+            }
+            std::thread::sleep(self.pause * 2_u32.saturating_pow(idle.saturating_sub(1).min(6)));
+        }
+    }
+
+    /// One request for what lies behind `start`.
+    fn request(
+        &self,
+        agent: &Agent,
+        file: &mut File,
+        path: &Path,
+        start: u64,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Outcome> {
+        let mut request = agent.get(&self.url);
+        if start > 0 {
+            request = request.header(RANGE, format!("bytes={start}-"));
+        }
+        let response = match request.call() {
+            Ok(response) => response,
+            Err(e) => return Ok(Outcome::Torn(one_line(&e.to_string()))),
+        };
+        let (parts, body) = response.into_parts();
+        let range = parts.headers.get(CONTENT_RANGE).and_then(|v| v.to_str().ok()).and_then(content_range);
+        let (at, total) = match (parts.status, range) {
+            (StatusCode::PARTIAL_CONTENT, Some((Some(first), total))) if first == start => (start, total),
+            // Without ranges the whole file comes again.
+            (StatusCode::OK, _) => (0, body.content_length()),
+            (StatusCode::RANGE_NOT_SATISFIABLE, Some((None, Some(total)))) if total == start => {
+                return Ok(Outcome::Whole);
+            }
+            (StatusCode::RANGE_NOT_SATISFIABLE | StatusCode::PARTIAL_CONTENT, _) if start > 0 => {
+                file.set_len(0).map_err(Error::io("write", path))?;
+                return Ok(Outcome::Torn("the server does not continue where the part ends".into()));
+            }
+            (status, _) if status.is_server_error() => {
+                return Ok(Outcome::Torn(format!("the server says {status}")));
+            }
+            (status, _) => return Ok(Outcome::Refused(format!("the server says {status}"))),
+        };
+        file.set_len(at).map_err(Error::io("write", path))?;
+        file.seek(SeekFrom::Start(at)).map_err(Error::io("write", path))?;
+        let mut done = at;
+        let mut reader = body.into_reader();
+        let mut piece = vec![0; 1 << 16];
+        loop {
+            let got = match reader.read(&mut piece) {
+                Ok(0) => break,
+                Ok(got) => got,
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => continue,
+                Err(e) => return Ok(Outcome::Torn(one_line(&e.to_string()))),
+            };
+            file.write_all(&piece[..got]).map_err(Error::io("write", path))?;
+            done += got as u64;
+            progress(Progress { done, total });
+        }
+        match total {
+            Some(total) if done < total => {
+                Ok(Outcome::Torn(format!("the line ended at {done} of {total} bytes")))
+            }
+            _ => Ok(Outcome::Whole),
+        }
+    }
+
+    fn failed(&self, reason: String) -> Error {
+        let file = self.to.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+        let place = self.to.parent().unwrap_or(Path::new(".")).to_path_buf();
+        Error::Download { url: self.url.clone(), reason, file, place }
+    }
+}
+
+fn agent() -> Agent {
+    Agent::config_builder()
+        .http_status_as_error(false)
+        // The archive's own bytes: a client that undoes a transfer's gzip would count and append other ones.
+        .accept_encoding("identity")
+        .timeout_connect(Some(Duration::from_secs(20)))
+        .timeout_recv_response(Some(Duration::from_secs(60)))
+        .timeout_per_read(Some(Duration::from_secs(60)))
+        .build()
+        .into()
+}
+
+/// `bytes 5-9/10` → (5, 10) and `bytes */10` → (none, 10).
+fn content_range(text: &str) -> Option<(Option<u64>, Option<u64>)> {
+    let (range, total) = text.trim().strip_prefix("bytes ")?.split_once('/')?;
+    let first = range.split_once('-').and_then(|(first, _)| first.trim().parse().ok());
+    Some((first, total.trim().parse().ok()))
+}
+
+/// Compares a file's MD5 with the published one.
+///
+/// # Errors
+/// [`Error::Checksum`] with both digests; [`Error::Io`] if the file cannot be read.
+pub fn check_md5(path: &Path, expected: &str) -> Result<()> {
+    let mut file = File::open(path).map_err(Error::io("read", path))?;
+    let mut hash = Md5::new();
+    let mut piece = vec![0; 1 << 16];
+    loop {
+        let got = file.read(&mut piece).map_err(Error::io("read", path))?;
+        if got == 0 {
+            break;
+        }
+        hash.update(&piece[..got]);
+    }
+    let got: String = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
+    if got == expected {
+        return Ok(());
+    }
+    Err(Error::Checksum { path: path.into(), expected: expected.into(), got })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_are_read_as_the_standard_writes_them() {
+        assert_eq!(content_range("bytes 5-9/10"), Some((Some(5), Some(10))));
+        assert_eq!(content_range("bytes 5-9/*"), Some((Some(5), None)));
+        assert_eq!(content_range("bytes */10"), Some((None, Some(10))));
+        assert_eq!(content_range("lines 5-9/10"), None);
+    }
+
+    #[test]
+    fn md5_is_that_of_the_standard() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("abc");
+        std::fs::write(&path, "abc").unwrap();
+        // RFC 1321, A.5
+        check_md5(&path, "900150983cd24fb0d6963f7d28e17f72").unwrap();
+        let error = check_md5(&path, "00").unwrap_err().to_string();
+        assert!(error.contains("expected MD5 00, got 900150983cd24fb0d6963f7d28e17f72"), "{error}");
+    }
+}
