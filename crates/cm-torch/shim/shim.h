@@ -1,8 +1,11 @@
-// What every function of the shim shares: tensors cross as the at::Tensor pointers that tch holds, and a C++
-// exception becomes a heap string (freed with cm_free_error) that Rust turns into a typed error.
+// What every file of the shim shares.
+//
+// Tensors cross the border as the at::Tensor pointers that tch holds. A function that can fail returns null on
+// success and otherwise a heap string, which Rust frees with cm_free and turns into a typed error.
 #pragma once
 
-#include <ATen/Tensor.h>
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
 
 #include <cstring>
 #include <exception>
@@ -15,6 +18,9 @@ char* cm_guard(const Body& body) {
   try {
     body();
     return nullptr;
+  } catch (const c10::Error& e) {
+    // what() would add a backtrace of thousands of characters.
+    return strdup(e.what_without_backtrace());
   } catch (const std::exception& e) {
     return strdup(e.what());
   } catch (...) {
