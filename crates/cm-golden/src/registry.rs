@@ -1,0 +1,175 @@
+//! Which code checks which file.
+
+use crate::golden::{Golden, Problem, Result, problem};
+use crate::report::Checks;
+use crate::{group01, group02, group03, group04, group05};
+
+/// The files that an entry is for: by the beginning of their name and, where one letter holds several kinds, by
+/// a metadata value.
+#[derive(Debug, Clone, Copy)]
+pub struct Kind {
+    /// Beginning of the file's name.
+    pub prefix: &'static str,
+    /// A metadata key and the values that it may have.
+    pub only: Option<(&'static str, &'static [&'static str])>,
+}
+
+impl Kind {
+    /// Whether the file is of this kind.
+    pub fn holds(&self, golden: &Golden) -> bool {
+        let value_fits =
+            |(key, values): (&str, &[&str])| golden.meta_text(key).is_some_and(|v| values.contains(&v));
+        golden.stem.starts_with(self.prefix) && self.only.is_none_or(value_fits)
+    }
+
+    /// Whether a file could be of both kinds.
+    pub fn overlaps(&self, other: &Kind) -> bool {
+        let nested = self.prefix.starts_with(other.prefix) || other.prefix.starts_with(self.prefix);
+        let compatible = match (self.only, other.only) {
+            (Some((key, mine)), Some((same, theirs))) if key == same => {
+                mine.iter().any(|v| theirs.contains(v))
+            }
+            _ => true,
+        };
+        nested && compatible
+    }
+}
+
+/// Runs everything that a file allows.
+pub type Check = fn(&mut Checks<'_>) -> Result<()>;
+
+/// A kind of file and the code that checks it.
+#[derive(Debug, Clone, Copy)]
+pub struct Checker {
+    /// The files.
+    pub kind: Kind,
+    /// The code.
+    pub check: Check,
+}
+
+/// A kind of file that nothing checks yet.
+#[derive(Debug, Clone, Copy)]
+pub struct Pending {
+    /// The files.
+    pub kind: Kind,
+    /// The issue that builds what they check.
+    pub issue: u32,
+    /// What that is.
+    pub what: &'static str,
+}
+
+const fn all(prefix: &'static str) -> Kind {
+    Kind { prefix, only: None }
+}
+
+const fn only(prefix: &'static str, key: &'static str, values: &'static [&'static str]) -> Kind {
+    Kind { prefix, only: Some((key, values)) }
+}
+
+const fn checker(kind: Kind, check: Check) -> Checker {
+    Checker { kind, check }
+}
+
+const fn pending(kind: Kind, issue: u32, what: &'static str) -> Pending {
+    Pending { kind, issue, what }
+}
+
+/// Everything that is built.
+pub const CHECKERS: &[Checker] = &[
+    checker(only("01", "precond", group01::PRECONDS), group01::network),
+    checker(only("01", "precond", &["UNetBlock"]), group01::block),
+    checker(all("02"), group02::check),
+    checker(all("03a"), group03::sigma_grids),
+    checker(all("03b"), group03::scalings),
+    checker(all("03c"), group03::ema_and_scales),
+    checker(all("03d"), group03::improved),
+    checker(all("03e"), group03::easy),
+    checker(all("03f"), group03::ema_warm_up),
+    checker(all("04a"), group04::weights),
+    checker(only("04b", "kind", &["CT"]), group04::consistency_training),
+    checker(only("04c", "loss", &["ECMLoss"]), group04::easy_consistency),
+    checker(all("04d"), group04::improved_training),
+    checker(all("04e"), group04::optimisers),
+    checker(only("05a", "sampler", group05::OPENAI_SAMPLERS), group05::openai),
+    checker(only("05b", "sampler", group05::OPENAI_SAMPLERS), group05::openai_network),
+    checker(only("05d", "fn", &["edm_sampler"]), group05::edm),
+    checker(all("05e"), group05::edm_network),
+    checker(all("05g"), group05::ect_generator),
+    checker(all("05h"), group05::dpmpp_2m),
+];
+
+/// Everything that the golden files hold and that is not built yet.
+pub const PENDING: &[Pending] = &[
+    pending(only("04b", "kind", &["CD", "PD", "EDM"]), 3, "distillation and the EDM loss"),
+    pending(only("04c", "loss", &["EDMLoss", "VELoss", "VPLoss"]), 3, "diffusion losses"),
+    pending(all("05c"), 4, "editing"),
+    pending(only("05d", "fn", &["ablation_sampler"]), 4, "EDM's ablation samplers"),
+    pending(all("05f"), 4, "sampling and editing in a third-party form"),
+    pending(all("06"), 5, "metrics"),
+    pending(all("07"), 3, "LPIPS"),
+    pending(all("08"), 5, "Inception features"),
+    pending(all("09"), 3, "augmentation"),
+];
+
+/// What is to be done with a file.
+#[derive(Debug, Clone, Copy)]
+pub enum Entry {
+    /// Run this.
+    Check(Check),
+    /// Nothing yet.
+    Pending(Pending),
+}
+
+/// Finds the one entry for a file.
+///
+/// # Errors
+/// [`Problem`] if nothing knows the file, or if more than one entry claims it.
+pub fn find(golden: &Golden) -> Result<Entry> {
+    let checks = CHECKERS.iter().filter(|c| c.kind.holds(golden)).map(|c| Entry::Check(c.check));
+    let missing = PENDING.iter().filter(|p| p.kind.holds(golden)).map(|p| Entry::Pending(*p));
+    match checks.chain(missing).collect::<Vec<_>>()[..] {
+        [entry] => Ok(entry),
+        [] => problem("nothing checks such a file: it is neither built nor on the list of what is not"),
+        _ => problem("more than one entry of the registry claims this file"),
+    }
+}
+
+/// Checks that nothing that is built stands on the list of what is not, and that no two checkers claim a file.
+///
+/// # Errors
+/// [`Problem`] with the two entries.
+pub fn validate() -> Result<()> {
+    for (i, checker) in CHECKERS.iter().enumerate() {
+        if let Some(listed) = PENDING.iter().find(|p| p.kind.overlaps(&checker.kind)) {
+            return Err(Problem(format!(
+                "'{}' ({}, issue {}) is on the list of what is not built, and there is code that checks it",
+                listed.kind.prefix, listed.what, listed.issue
+            )));
+        }
+        if let Some(other) = CHECKERS[i + 1..].iter().find(|c| c.kind.overlaps(&checker.kind)) {
+            return problem(format!("two checkers claim '{}' files: {:?}", checker.kind.prefix, other.kind));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_that_is_built_is_listed_as_missing() {
+        assert_eq!(validate(), Ok(()));
+    }
+
+    #[test]
+    fn overlap_needs_a_common_name_and_a_common_value() {
+        let ct = only("04b", "kind", &["CT"]);
+        assert!(ct.overlaps(&all("04b")) && all("04").overlaps(&ct));
+        assert!(ct.overlaps(&only("04b", "kind", &["CD", "CT"])));
+        assert!(!ct.overlaps(&only("04b", "kind", &["CD"])));
+        assert!(!ct.overlaps(&all("04c")));
+        // Different keys can both hold for one file.
+        assert!(ct.overlaps(&only("04b", "loss", &["x"])));
+    }
+}

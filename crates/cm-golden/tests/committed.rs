@@ -1,0 +1,216 @@
+//! The committed golden files pass, and damaged copies of them do not.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use cm_golden::report::{Outcome, Report};
+use cm_golden::run;
+use cm_model::Bundle;
+use tch::{Kind, Tensor};
+use tempfile::TempDir;
+
+fn committed() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden")
+}
+
+fn file(stem: &str) -> PathBuf {
+    committed().join(format!("{stem}.safetensors"))
+}
+
+/// A folder with copies of some files.
+fn folder(stems: &[&str]) -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for stem in stems {
+        fs::copy(file(stem), folder.path().join(format!("{stem}.safetensors"))).unwrap();
+    }
+    folder
+}
+
+fn check(folder: &Path) -> Report {
+    run(&[folder.to_owned()], None).unwrap()
+}
+
+/// Writes a changed copy of a file over it and checks the folder.
+fn check_changed(folder: &Path, stem: &str, change: impl FnOnce(&mut Bundle)) -> Report {
+    let mut bundle = Bundle::read(&file(stem)).unwrap();
+    change(&mut bundle);
+    bundle.write(&folder.join(format!("{stem}.safetensors"))).unwrap();
+    check(folder)
+}
+
+#[test]
+fn the_committed_files_pass() {
+    let report = check(&committed());
+    assert_eq!(report.num_failed(), 0, "{report}");
+    assert_eq!(report.num_checked(), report.rows.len(), "all of them are built: {report}");
+    let bytes: u64 = fs::read_dir(committed()).unwrap().map(|f| f.unwrap().metadata().unwrap().len()).sum();
+    assert!(bytes <= 6_000_000, "{bytes} bytes");
+}
+
+#[test]
+fn a_file_of_another_group_is_pending_and_neither_passes_nor_fails() {
+    let dir = tempfile::tempdir().unwrap();
+    Bundle::default().write(&dir.path().join("06_metrics.safetensors")).unwrap();
+    let report = check(dir.path());
+    assert_eq!((report.num_checked(), report.num_failed()), (0, 0), "{report}");
+    assert!(report.to_string().ends_with("0 of 1 files checked, 0 failed"), "{report}");
+}
+
+#[test]
+fn an_unknown_tensor_fails() {
+    let dir = folder(&["03f_edm_ema_warmup"]);
+    let extra = |bundle: &mut Bundle| drop(bundle.tensors.insert("case9.new".into(), Tensor::from(1.0)));
+    let report = check_changed(dir.path(), "03f_edm_ema_warmup", extra);
+    assert_eq!(report.num_failed(), 1, "{report}");
+    assert!(report.to_string().contains("nothing uses 'case9.new'"), "{report}");
+}
+
+#[test]
+fn an_unknown_file_fails() {
+    let dir = folder(&["03f_edm_ema_warmup"]);
+    fs::copy(file("03f_edm_ema_warmup"), dir.path().join("10a_new.safetensors")).unwrap();
+    let report = check(dir.path());
+    assert_eq!((report.num_checked(), report.num_failed()), (1, 1), "{report}");
+    assert!(report.to_string().contains("10a_new: nothing checks such a file"), "{report}");
+    // A kind within a group that is known, but not this one.
+    let other_kind =
+        |bundle: &mut Bundle| drop(bundle.metadata.insert("sampler".into(), "unheard_of".into()));
+    let dir = folder(&[]);
+    let report = check_changed(dir.path(), "05a_openai_6_onestep", other_kind);
+    assert_eq!(report.num_failed(), 1, "{report}");
+}
+
+#[test]
+fn a_missing_tensor_key_or_file_fails() {
+    let dir = folder(&[]);
+    let lose = |bundle: &mut Bundle| drop(bundle.tensors.remove("out"));
+    assert_eq!(check_changed(dir.path(), "05a_openai_6_onestep", lose).num_failed(), 1);
+    let lose = |bundle: &mut Bundle| drop(bundle.metadata.remove("tolerance"));
+    assert_eq!(check_changed(dir.path(), "05a_openai_6_onestep", lose).num_failed(), 1);
+    let dir = folder(&["05b_openai_net_onestep"]);
+    let report = check(dir.path());
+    assert!(report.to_string().contains("it needs '04a_openai_net_student.safetensors'"), "{report}");
+    assert_eq!(report.num_failed(), 1);
+    // The weights may lie in another folder.
+    let weights = folder(&["04a_openai_net_student"]);
+    let report = run(&[dir.path().to_owned(), weights.path().to_owned()], Some("05b")).unwrap();
+    assert_eq!((report.num_checked(), report.num_failed()), (1, 0), "{report}");
+}
+
+#[test]
+fn a_truncated_file_fails() {
+    let dir = folder(&["04e_optim_ema"]);
+    let path = dir.path().join("04e_optim_ema.safetensors");
+    let bytes = fs::read(&path).unwrap();
+    fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();
+    let report = check(dir.path());
+    assert!(matches!(report.rows[0].outcome, Outcome::Unusable(_)), "{report}");
+    assert_eq!(report.num_failed(), 1);
+}
+
+#[test]
+fn nothing_to_check_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    assert!(run(&[dir.path().to_owned()], None).is_err());
+    assert!(run(&[dir.path().join("missing")], None).is_err());
+    assert!(run(&[committed()], Some("99")).is_err());
+}
+
+#[test]
+fn a_changed_block_is_named() {
+    let dir = folder(&[]);
+    let stem = "02b_openai_unet_uncond_convupdown";
+    let report = check_changed(dir.path(), stem, |bundle| {
+        let weight = bundle.tensors.get_mut("state.middle_block.2.out_layers.3.weight").unwrap();
+        *weight = &*weight * 1.1;
+    });
+    assert_eq!(report.num_failed(), 1, "{report}");
+    assert!(report.to_string().contains("the first block that differs is middle_block"), "{report}");
+}
+
+/// Values that are off by a hundredth, and integers that are twice as large.
+fn damaged(tensor: &Tensor) -> Tensor {
+    match tensor.kind() {
+        Kind::Int64 => tensor * 2 + 1,
+        _ => tensor * 1.01 + 0.01,
+    }
+}
+
+/// Every tensor of every small file takes part in a check: damage to any one of them fails the file.
+#[test]
+fn damage_to_any_tensor_fails() {
+    let stems = [
+        "01h_unetblock_up_f1331",
+        "03a_sigma_grids",
+        "03b_scalings",
+        "03c_ema_and_scales",
+        "03d_ict",
+        "03e_ect_schedule",
+        "03f_edm_ema_warmup",
+        "04d_ict_0",
+        "04d_ict_1",
+        "04e_optim_ema",
+        "05a_openai_10_heun_lowchurn",
+        "05a_openai_3_dpm",
+        "05a_openai_4_ancestral",
+        "05a_openai_5_euler",
+        "05a_openai_6_onestep",
+        "05a_openai_7_progdist",
+        "05a_openai_8_multistep",
+        "05b_openai_net_multistep",
+        "05d_edm_sampler_1",
+        "05g_ect_generator",
+        "05h_dpmpp_2m_f64",
+    ];
+    let mut survivors = Vec::new();
+    for stem in stems {
+        let dir = folder(if stem.starts_with("05b") { &["04a_openai_net_student"] } else { &[] });
+        let names: Vec<String> = Bundle::read(&file(stem)).unwrap().tensors.into_keys().collect();
+        for name in names {
+            let report = check_changed(dir.path(), stem, |bundle| {
+                let tensor = bundle.tensors.get_mut(&name).unwrap();
+                *tensor = damaged(tensor);
+            });
+            if report.num_failed() == 0 {
+                survivors.push(format!("{stem}: {name}"));
+            }
+        }
+    }
+    // N(k) and μ(k) of this case are the same at every step.
+    survivors.retain(|name| name != "03c_ema_and_scales: case0.step");
+    assert!(survivors.is_empty(), "damage goes unseen: {survivors:#?}");
+}
+
+/// The large files, by some of their tensors.
+#[test]
+fn damage_to_networks_and_their_results_fails() {
+    let cases = [
+        ("01d_ve_ncsnpp", ["x", "sigma", "D", "F", "emb", "c_noise", "state.model.map_noise.freqs"]),
+        (
+            "02b_openai_unet_uncond_convupdown",
+            [
+                "output",
+                "denoise_x_t",
+                "plain.denoised",
+                "distill.c_out",
+                "rescaled_t",
+                "emb",
+                "act.middle_block",
+            ],
+        ),
+        (
+            "04c_ecmloss_6",
+            ["images", "noise", "class_labels", "rnd_normal", "loss", "grad_global_norm", "net_out1"],
+        ),
+    ];
+    for (stem, names) in cases {
+        let dir = folder(&[]);
+        for name in names {
+            let report = check_changed(dir.path(), stem, |bundle| {
+                let tensor = bundle.tensors.get_mut(name).unwrap();
+                *tensor = damaged(tensor);
+            });
+            assert_eq!(report.num_failed(), 1, "{stem}: {name}: {report}");
+        }
+    }
+}
