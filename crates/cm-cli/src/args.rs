@@ -90,10 +90,10 @@ pub struct CifarArgs {
     /// Experiment: a TOML file, or the name of a preset.
     #[arg(long, value_name = "FILE|PRESET", default_value = "cifar10-ct")]
     pub config: String,
-    /// A folder that holds CIFAR-10's binary archive or its files, or the archive itself; it is downloaded
-    /// into this folder where it is not there.
-    #[arg(long, value_name = "PATH", default_value = "data/cifar10")]
-    pub data: PathBuf,
+    /// A folder that holds CIFAR-10's binary archive or its files, or the archive itself [default: data/cifar10,
+    /// into which the archive is downloaded where it is not there].
+    #[arg(long, value_name = "PATH")]
+    pub data: Option<PathBuf>,
     /// Options that every training shares.
     #[command(flatten)]
     pub run: RunArgs,

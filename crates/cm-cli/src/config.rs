@@ -77,8 +77,10 @@ impl Source {
     }
 
     fn syntax_error(&self, error: &toml::de::Error) -> anyhow::Error {
-        let line =
-            error.span().map_or(1, |span| self.text[..span.start.min(self.text.len())].lines().count());
+        let line = error.span().map_or(1, |span| {
+            let before = self.text.as_bytes().iter().take(span.start);
+            before.filter(|byte| **byte == b'\n').count() + 1
+        });
         anyhow!("{}: line {line}: {}", self.name, error.message().replace('\n', " "))
     }
 }

@@ -21,12 +21,18 @@ pub const CONFIG_FILE: &str = "config.toml";
 pub fn find_model(path: &Path, ema: Option<&str>) -> Result<PathBuf> {
     if path.is_file() {
         if let Some(rate) = ema {
-            bail!("{}: --ema {rate} chooses inside a run or checkpoint folder; this is one file", path.display());
+            bail!(
+                "{}: --ema {rate} chooses inside a run or checkpoint folder; this is one file",
+                path.display()
+            );
         }
         return Ok(path.to_owned());
     }
     if !path.is_dir() {
-        bail!("{}: no such file or folder; expected a model file, a checkpoint or a run folder", path.display());
+        bail!(
+            "{}: no such file or folder; expected a model file, a checkpoint or a run folder",
+            path.display()
+        );
     }
     let checkpoint = if path.join(STATE_FILE).is_file() {
         Checkpoint::open(path)?

@@ -17,11 +17,17 @@ pub fn model(command: &ModelCommand) -> Outcome {
     println!("size        {} in {}", gigabytes(info.bytes), join(info.dtypes.iter().map(String::as_str)));
     println!("role        {}", info.spec.role);
     println!("parameters  {}", info.num_parameters);
-    println!("images      {shape}, {}", match info.spec.net.num_classes() {
-        0 => "unconditional".to_owned(),
-        classes => format!("{classes} classes"),
-    });
-    println!("sigma       {} to {}, sigma_data {}, rho {}", precond.sigma_min, precond.sigma_max, precond.sigma_data, precond.rho);
+    println!(
+        "images      {shape}, {}",
+        match info.spec.net.num_classes() {
+            0 => "unconditional".to_owned(),
+            classes => format!("{classes} classes"),
+        }
+    );
+    println!(
+        "sigma       {} to {}, sigma_data {}, rho {}",
+        precond.sigma_min, precond.sigma_max, precond.sigma_data, precond.rho
+    );
     for (key, value) in info.spec.about.iter().filter(|(key, _)| *key != "config") {
         println!("{key:<11} {value}");
     }

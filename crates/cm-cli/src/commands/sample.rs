@@ -99,7 +99,12 @@ fn draw(method: &Method<'_>, request: &Request<'_>, args: &SampleArgs) -> Result
     Ok((pixels.concat(), shape))
 }
 
-fn write_all(args: &SampleArgs, images: &(Vec<u8>, Shape), seeds: &[u64], labels: Option<&[i64]>) -> Result<()> {
+fn write_all(
+    args: &SampleArgs,
+    images: &(Vec<u8>, Shape),
+    seeds: &[u64],
+    labels: Option<&[i64]>,
+) -> Result<()> {
     let (pixels, shape) = images;
     grid::save_samples(&args.out, pixels, *shape, seeds, args.subdirs)?;
     let archive = args.out.join(npz::samples_name(seeds.len(), *shape));

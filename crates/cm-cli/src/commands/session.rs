@@ -76,13 +76,13 @@ impl Run<'_> {
         let device = trainer.device();
         let mut source = super::batches::Batches::open(self.experiment, self.data.clone(), device)?;
         let spec = self.experiment.model_spec();
-        let metadata = |weights: Weights<'_>, step: u64| describe(&spec, &text, weights, step);
-        let session = Session {
-            folder: self.folder,
-            spec: &self.experiment.run,
-            stop: self.stop,
-            metadata: &metadata,
-        };
+        // A model file travels: the place of its training data on this machine stays here.
+        let mut portable = self.experiment.clone();
+        portable.data.path = None;
+        let portable = portable.to_toml()?;
+        let metadata = |weights: Weights<'_>, step: u64| describe(&spec, &portable, weights, step);
+        let session =
+            Session { folder: self.folder, spec: &self.experiment.run, stop: self.stop, metadata: &metadata };
         let ending = cm_train::run(trainer, &mut source, &session, view);
         view.finish();
         Ok(ending?)

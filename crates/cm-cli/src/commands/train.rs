@@ -17,35 +17,43 @@ use crate::runs::{CONFIG_FILE, find_model};
 
 /// Runs `cm train`.
 pub fn train(args: &TrainArgs) -> Outcome {
-    let mut experiment = read(args.config.as_deref(), &args.run).or_usage()?;
+    let (mut experiment, folder) = read(args.config.as_deref(), &args.run).or_usage()?;
     if let Some(path) = &args.data {
         experiment.set_data(path);
     }
-    start(&experiment, &args.run)
+    start(&experiment, &folder, &args.run)
 }
 
 /// Runs `cm train-cifar10`: as `cm train`, with the data fetched where it is not there.
 pub fn train_cifar10(args: &CifarArgs) -> Outcome {
-    let mut experiment = read(Some(&args.config), &args.run).or_usage()?;
-    experiment.set_data(&args.data);
+    let (mut experiment, folder) = read(Some(&args.config), &args.run).or_usage()?;
     if !args.run.dry_run {
-        experiment.data.validate().or_usage()?;
-        data::ensure_cifar10(&args.data, metric_error(&experiment)).or_usage()?;
+        let place = data::place_of_cifar10(args.data.as_deref(), metric_error(&experiment)).or_usage()?;
+        experiment.set_data(&place);
     }
-    start(&experiment, &args.run)
+    start(&experiment, &folder, &args.run)
 }
 
-/// The experiment of `--config`, or with `--resume` alone that of the run's folder.
-fn read(config: Option<&str>, args: &RunArgs) -> Result<Experiment> {
-    let source = match (config, &args.out) {
-        (_, Some(out)) if args.resume && out.join(CONFIG_FILE).is_file() => Source::file(out.join(CONFIG_FILE))?,
-        (Some(config), _) => Source::find(config)?,
-        (None, Some(out)) if args.resume => {
-            bail!("{}: no {CONFIG_FILE} in this folder; is it a run? --config starts one", out.display())
-        }
-        (None, _) => bail!("--config is missing: a TOML file or a preset, such as --config digits-ct"),
+/// The experiment and the folder of its run. A run that is resumed keeps its own config.
+fn read(config: Option<&str>, args: &RunArgs) -> Result<(Experiment, PathBuf)> {
+    let named = config.map(|config| Experiment::read(&Source::find(config)?, &args.sets)).transpose()?;
+    let folder = match (&args.out, &named) {
+        (Some(out), _) => out.clone(),
+        (None, Some(experiment)) => Path::new("runs").join(&experiment.name),
+        (None, None) => bail!("--config is missing: a TOML file or a preset, such as --config digits-ct"),
     };
-    Experiment::read(&source, &args.sets)
+    let own = folder.join(CONFIG_FILE);
+    match named {
+        _ if args.resume && own.is_file() => {
+            eprintln!("config: {} (a resumed run keeps its own; --set changes it)", own.display());
+            Ok((Experiment::read(&Source::file(own)?, &args.sets)?, folder))
+        }
+        Some(experiment) => Ok((experiment, folder)),
+        None if args.resume => {
+            bail!("{}: no {CONFIG_FILE} in this folder; is it a run? --config starts one", folder.display())
+        }
+        None => bail!("--config is missing: a TOML file or a preset, such as --config digits-ct"),
+    }
 }
 
 /// Why the experiment's metric cannot be used, if it cannot.
@@ -53,7 +61,7 @@ fn metric_error(experiment: &Experiment) -> Option<cm_train::Error> {
     experiment.train.check(experiment.network.image_shape()).err()
 }
 
-fn start(experiment: &Experiment, args: &RunArgs) -> Outcome {
+fn start(experiment: &Experiment, folder: &Path, args: &RunArgs) -> Outcome {
     let resolved = device::resolve_with_note(&args.device).or_usage()?;
     if let Some(note) = &resolved.note {
         eprintln!("device: {:?} ({note})", resolved.device);
@@ -61,16 +69,15 @@ fn start(experiment: &Experiment, args: &RunArgs) -> Outcome {
     if args.dry_run {
         return dry_run::dry_run(experiment, resolved.device);
     }
-    let folder = args.out.clone().unwrap_or_else(|| Path::new("runs").join(&experiment.name));
     // Whatever the user has to mend is found before a network is built.
     let opened = experiment.data.open().or_usage()?;
     experiment.check_data(&*opened).or_usage()?;
     if let Some(error) = metric_error(experiment) {
         return Err(Failure::Usage(error.into()));
     }
-    check_folder(&folder, args.resume).or_usage()?;
+    check_folder(folder, args.resume).or_usage()?;
     experiment.compute(resolved.device).or_usage()?;
-    run(experiment, opened, &folder, resolved.device, args.resume)
+    run(experiment, opened, folder, resolved.device, args.resume)
 }
 
 /// A new run needs a folder without checkpoints.

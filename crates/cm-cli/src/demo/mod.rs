@@ -143,7 +143,9 @@ fn fit_to_time(experiment: &mut Experiment, device: Device, seconds: f64, stretc
     let per_step = time_of_a_step(experiment, device)?;
     let fitting = (seconds / per_step).floor();
     if fitting < 20.0 {
-        bail!("a step takes {per_step:.2} s here, and {seconds:.0} s are left for training: give more --seconds");
+        bail!(
+            "a step takes {per_step:.2} s here, and {seconds:.0} s are left for training: give more --seconds"
+        );
     }
     let train = &mut experiment.train;
     train.total_steps = if stretch { fitting as u64 } else { train.total_steps.min(fitting as u64) };
@@ -226,7 +228,8 @@ struct Drawn<'a> {
 impl Drawn<'_> {
     fn write(&self, out: &Path, run_folder: &Path) -> Result<()> {
         let (columns, count) = self.plan.grid;
-        let grid = |images: &Tensor| pictures::grid(&images.narrow(0, 0, count.min(images.size()[0])), columns);
+        let grid =
+            |images: &Tensor| pictures::grid(&images.narrow(0, 0, count.min(images.size()[0])), columns);
         pictures::save_png(&grid(self.one)?, &out.join("one-step.png"))?;
         pictures::save_png(&grid(self.two)?, &out.join("two-step.png"))?;
         pictures::save_png(&grid(self.real)?, &out.join("real.png"))?;
@@ -241,7 +244,8 @@ fn loss_chart(run_folder: &Path) -> Result<Chart> {
     let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
     let mut lines = text.lines();
     let names: Vec<&str> = lines.next().unwrap_or_default().split(',').collect();
-    let column = |name: &str| names.iter().position(|n| *n == name).with_context(|| format!("no column {name}"));
+    let column =
+        |name: &str| names.iter().position(|n| *n == name).with_context(|| format!("no column {name}"));
     let (step, loss) = (column("step")?, column("loss")?);
     let value = |row: &[&str], at: usize| row.get(at).and_then(|v| v.parse().ok()).unwrap_or(f64::NAN);
     let rows = lines.map(|line| line.split(',').collect::<Vec<_>>());

@@ -73,7 +73,10 @@ impl Summary {
     /// Prints the closing summary.
     pub fn print(&self, out: &Path) {
         let speed = &self.speed;
-        println!("\n{}: {} parameters on {} ({} threads)", self.preset, self.parameters, self.device, self.threads);
+        println!(
+            "\n{}: {} parameters on {} ({} threads)",
+            self.preset, self.parameters, self.device, self.threads
+        );
         println!(
             "{} in all, {} of them training: {} steps, {:.2} steps/s, {:.0} images/s\n",
             clock(speed.total_seconds),
@@ -94,7 +97,10 @@ impl Summary {
             print_row(name, row);
         }
         if let Some(accuracy) = self.judge.classifier_accuracy {
-            println!("\nconfident: share with p > 0.9 by a classifier that is right on {:.1} % of held-out images", 100.0 * accuracy);
+            println!(
+                "\nconfident: share with p > 0.9 by a classifier that is right on {:.1} % of held-out images",
+                100.0 * accuracy
+            );
         }
         println!("near data: share nearer to a training image than 95 % of held-out real images");
         println!("nearest:   smallest distance to a training image (0 would be a copy)\n");
@@ -111,7 +117,10 @@ impl Summary {
         let model = out.join("model.safetensors");
         println!("\ntry next: cargo xtask cm sample {} --seeds 0-63", model.display());
         println!("          cargo xtask cm model info {}", model.display());
-        println!("          cargo xtask cm train --config {} --out runs/mine --set train.total_steps=5000", self.preset);
+        println!(
+            "          cargo xtask cm train --config {} --out runs/mine --set train.total_steps=5000",
+            self.preset
+        );
     }
 
     /// Holds the samples to a bar.

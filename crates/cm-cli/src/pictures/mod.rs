@@ -29,7 +29,8 @@ pub fn shape_of(images: &Tensor) -> Shape {
 
 /// Small grids (4×4, cells of at least 40 pixels) side by side, the oldest first.
 pub fn strip(snapshots: &[(u64, Tensor)]) -> Result<RgbImage> {
-    let grids: Vec<RgbImage> = snapshots.iter().map(|(_, images)| small_grid(images)).collect::<Result<_>>()?;
+    let grids: Vec<RgbImage> =
+        snapshots.iter().map(|(_, images)| small_grid(images)).collect::<Result<_>>()?;
     let gap = 12;
     let width = grids.iter().map(|g| g.width() + gap).sum::<u32>().saturating_sub(gap).max(1);
     let height = grids.iter().map(RgbImage::height).max().unwrap_or(1);
@@ -53,7 +54,8 @@ fn small_grid(images: &Tensor) -> Result<RgbImage> {
 /// Writes a picture, whole or not at all, and makes its folder.
 pub fn save_png(image: &RgbImage, path: &Path) -> Result<()> {
     if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder).with_context(|| format!("{}: creating the folder", folder.display()))?;
+        std::fs::create_dir_all(folder)
+            .with_context(|| format!("{}: creating the folder", folder.display()))?;
     }
     Ok(cm_data::grid::save_png(path, image)?)
 }
