@@ -15,6 +15,8 @@ pub fn wave(shape: &[i64]) -> Tensor {
 
 /// Fills all weights, those that start at 0 too, so that every layer shows in the output.
 pub fn fill(params: &cm_model::Params) {
+    // On layers this small, threads spend their time waiting for each other.
+    tch::set_num_threads(1);
     let _no_grad = tch::no_grad_guard();
     for (_, tensor) in params.trainable() {
         let fan_in = tensor.numel() as i64 / tensor.size()[0];
