@@ -1,11 +1,37 @@
 //! Image data sets to batches.
+//!
+//! | question | module |
+//! | --- | --- |
+//! | what does a config say about its data, and what set is that? | [`spec`] |
+//! | what does a set look like from outside? | [`dataset`] |
+//! | in which forms do images lie on disk? | [`formats`] |
+//! | how does an encoded image become pixels of one size? | [`transform`], [`resize`] |
+//! | which image stands where in a run? | [`order`] |
+//! | how do they become batches, and tensors? | [`loader`], [`batch`] |
+//! | what lies at this path? | [`inspect`](mod@inspect) |
+//! | how is a published set fetched? | [`download`] |
+//! | how are pictures and samples written? | [`grid`], [`npz`] |
+//!
+//! The data of step k is a function of (seed, k): order and mirroring come from the counter-based generator of
+//! `cm-schedule`, so a run that resumes needs no state of its loader. Pixels stay uint8 until [`batch`], the one
+//! module that knows of tensors.
+//!
+//! Nothing here panics on data, and nothing is allocated because a header says so ([`limits`]). Errors say what was
+//! expected, what came, where, and what to do; an error in the loader's thread reaches the consumer.
+//!
+//! What is absent on purpose: augmentation other than mirroring (EDM's belongs to the training step that feeds its
+//! labels to the network), and skipping: a corrupt image stops the run and is named.
+
 #![deny(missing_docs)]
+#![forbid(unsafe_code)]
+
 pub mod batch;
 pub mod dataset;
 pub mod download;
 pub mod error;
 pub mod formats;
 pub mod grid;
+pub mod inspect;
 pub mod limits;
 pub mod loader;
 pub mod order;
@@ -19,6 +45,7 @@ pub use error::{Error, Result};
 pub use formats::labels::LabelRule;
 pub use formats::{cifar, idx, npz};
 pub use grid::{GridStyle, contact_sheet};
+pub use inspect::{InspectOptions, Inspection, Report, inspect};
 pub use loader::{Batch, Batches, Loader, LoaderSpec};
 pub use pixels::{from_uint8, to_uint8};
 pub use resize::{Filter, Fit};
