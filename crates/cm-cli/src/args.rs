@@ -131,7 +131,7 @@ pub struct SampleArgs {
     /// final noise and is not evaluated.
     #[arg(long, value_delimiter = ',', conflicts_with = "sigmas")]
     pub ts: Option<Vec<usize>>,
-    /// Number of points of the grid that --ts counts in [default: what the model was trained with].
+    /// Number of points of the grid that --ts counts in; needed with --ts.
     #[arg(long, requires = "ts")]
     pub steps: Option<usize>,
     /// Time points of multistep sampling as noise levels, falling; each one is evaluated.
