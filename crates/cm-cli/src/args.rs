@@ -200,6 +200,10 @@ pub struct DemoArgs {
     /// Fail unless the samples reach a bar.
     #[arg(long, value_enum)]
     pub check: Option<Bar>,
+    /// Put figures and pictures into docs/ of the checkout that this is called in: the marked block of this data
+    /// set in docs/results.md, and docs/pictures/. Nothing else ever writes there.
+    #[arg(long)]
+    pub publish: bool,
     /// Where to compute: auto, cpu, cuda or cuda:N.
     #[arg(long, default_value = "auto")]
     pub device: DeviceSpec,

@@ -1,6 +1,7 @@
 //! `cm demo`: from nothing to a trained consistency model, measured and drawn, in minutes on a CPU.
 
 mod measure;
+mod publish;
 mod summary;
 
 use std::path::{Path, PathBuf};
@@ -73,6 +74,9 @@ pub fn demo(args: &DemoArgs) -> Outcome {
     if let Some(seconds) = args.seconds.filter(|s| !(*s >= 20.0 && s.is_finite())) {
         return Err(Failure::Usage(anyhow::anyhow!("--seconds {seconds}: expected 20 or more")));
     }
+    if args.publish {
+        publish::check(plan.preset).or_usage()?;
+    }
     let device = device::resolve(&args.device).or_usage()?;
     let run_folder = args.out.join("run");
     clear(&run_folder).or_usage()?;
@@ -95,7 +99,7 @@ pub fn demo(args: &DemoArgs) -> Outcome {
     let summary = Summary {
         preset: plan.preset.to_owned(),
         seed: args.seed,
-        device: format!("{device:?}"),
+        device: device_name(device),
         threads: device::threads(),
         parameters: trainer.student().params().num_parameters(),
         speed,
@@ -109,9 +113,22 @@ pub fn demo(args: &DemoArgs) -> Outcome {
     copy_model(&run_folder, &model)?;
     summary.write(&args.out.join("summary.json"))?;
     summary.print(&args.out);
+    if args.publish {
+        publish::publish(&summary, &args.out)?;
+    }
     match args.check {
         Some(bar) => summary.check(bar).or_run(),
         None => Ok(()),
+    }
+}
+
+/// The device in words, with the processor's name where the system tells it.
+fn device_name(device: Device) -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    match (device, model) {
+        (Device::Cpu, Some((_, name))) => format!("CPU ({})", name.trim()),
+        _ => format!("{device:?}"),
     }
 }
 
