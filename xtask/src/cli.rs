@@ -107,7 +107,7 @@ pub struct SetupArgs {
     /// Install the set with all CUDA libraries (4.0 GB), also where no GPU is seen
     #[arg(long)]
     pub cuda: bool,
-    /// Also make .libtorch/python, a virtual environment that can `import torch` (4.8 GB; never used for linking)
+    /// Also make .libtorch/python, a virtual environment that can `import torch` (5.0 GB; never used for linking)
     #[arg(long)]
     pub python: bool,
     /// Install again even if what is there is whole

@@ -144,9 +144,12 @@ fn leftovers(home: &Home) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
+/// The pip of a killed setup may still be writing, so that a folder cannot go yet: the next setup takes it away.
 fn clear_leftovers(home: &Home) -> Result<()> {
     for folder in leftovers(home)? {
-        fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))?;
+        if let Err(why) = fs::remove_dir_all(&folder) {
+            eprintln!("{} stays until the next setup ({why})", folder.display());
+        }
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! Calls of pip.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, IsTerminal};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -87,7 +87,8 @@ fn run(mut command: Command) -> Result<Option<Failure>> {
             if line.starts_with("ERROR:") {
                 errors.push(line.trim_start_matches("ERROR:").trim().to_owned());
             } else if !line.is_empty() {
-                eprintln!("\r\x1b[2Kpip: {line}");
+                // In a terminal the progress line is written over.
+                eprintln!("{}pip: {line}", if std::io::stderr().is_terminal() { "\r\x1b[2K" } else { "" });
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::cli::SetupArgs;
 use crate::gpu::Gpus;
@@ -15,9 +15,12 @@ use crate::{exports, python};
 /// The command.
 pub fn run(args: &SetupArgs) -> Result<u8> {
     let start = Instant::now();
-    let cxx = tools::check_cxx(true)?;
-    let found = Python::find()?;
-    println!("tools     Python {}, pip {}, {cxx}", found.version, found.pip);
+    let found = Python::find();
+    let cxx = all_missing(tools::check_cxx(true), &found)?;
+    match &found {
+        Ok(python) => println!("tools     Python {}, pip {}, {cxx}", python.version, python.pip),
+        Err(why) => println!("tools     {cxx}; {why:#} (only an install needs it)"),
+    }
     if let Some(note) = untested_system() {
         println!("note      {note}");
     }
@@ -43,7 +46,7 @@ pub fn run(args: &SetupArgs) -> Result<u8> {
     } else {
         let set = wanted_set(args.cuda);
         let wanted = Wanted { set, force: args.force, whole: true };
-        let Installed { manifest, fresh } = install_pinned(&home, wanted, || Ok(found))?;
+        let Installed { manifest, fresh } = install_pinned(&home, wanted, || found)?;
         let how =
             if fresh { format!("{} s", start.elapsed().as_secs()) } else { "already in place".to_owned() };
         println!(
@@ -64,7 +67,9 @@ pub fn run(args: &SetupArgs) -> Result<u8> {
 
 /// Makes sure that libtorch is there, saying nothing if it is.
 pub fn ensure() -> Result<()> {
-    tools::check_cxx(false)?;
+    if let Err(why) = tools::check_cxx(false) {
+        all_missing(Err(why), &Python::find())?;
+    }
     let home = Home::of_workspace();
     let source = libtorch::source(&home)?;
     if libtorch::check_theirs(&source)?.is_some() {
@@ -72,6 +77,15 @@ pub fn ensure() -> Result<()> {
     }
     let wanted = Wanted { set: wanted_set(false), force: false, whole: false };
     install_pinned(&home, wanted, Python::find).map(drop)
+}
+
+/// Without a compiler nothing can be built; the error then names Python too if it is missing, so that one reading
+/// tells all that has to be installed.
+fn all_missing(cxx: Result<String>, python: &Result<Python>) -> Result<String> {
+    match (cxx, python) {
+        (Err(cxx), Err(python)) => bail!("{cxx:#}\nerror: {python:#}"),
+        (cxx, _) => cxx,
+    }
 }
 
 fn install_pinned(home: &Home, wanted: Wanted, python: impl FnOnce() -> Result<Python>) -> Result<Installed> {
@@ -103,5 +117,20 @@ pub fn untested_system() -> Option<&'static str> {
             Some("Windows is untested: libtorch may install, and building and running were never tried")
         }
         _ => Some("this system is untested; set LIBTORCH to a libtorch 2.11.0 built for it"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anyhow::anyhow;
+
+    #[test]
+    fn everything_missing_is_named_at_once() {
+        let python = || Err(anyhow!("python3 was not found"));
+        let error = all_missing(Err(anyhow!("c++ was not found")), &python()).unwrap_err();
+        assert_eq!(error.to_string(), "c++ was not found\nerror: python3 was not found");
+        // Python alone matters only if something has to be installed.
+        assert_eq!(all_missing(Ok("g++ 12".to_owned()), &python()).unwrap(), "g++ 12");
     }
 }

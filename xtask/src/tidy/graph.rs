@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::runner;
 
-/// What a crate of the workspace may depend on, in any kind of dependency (also those of its tests).
+/// What a crate of the workspace may depend on, its tests and benches included.
 enum Allowed {
     These(&'static [&'static str]),
     /// All crates but the programs and the driver.
@@ -28,7 +28,10 @@ const ARROWS: &[(&str, Allowed)] = &[
     ("cm-data", Allowed::These(&["cm-schedule", "cm-torch", "cm-model"])),
     ("cm-sampler", Allowed::These(&["cm-schedule", "cm-torch", "cm-model", "cm-net?"])),
     ("cm-eval", Allowed::These(&["cm-schedule", "cm-torch", "cm-model", "cm-data", "cm-net?"])),
-    ("cm-train", Allowed::These(&["cm-schedule", "cm-torch", "cm-model", "cm-data", "cm-sampler"])),
+    (
+        "cm-train",
+        Allowed::These(&["cm-schedule", "cm-torch", "cm-model", "cm-data", "cm-sampler", "cm-net@dev"]),
+    ),
     ("cm-cli", Allowed::Libraries),
     ("cm-golden", Allowed::Libraries),
     ("cm-tests", Allowed::All),
@@ -97,11 +100,12 @@ fn check_dependency(
         return None;
     }
     let optional = dependency["optional"].as_bool() == Some(true);
+    let dev = dependency["kind"] == "dev";
+    let row = |mark: &str| matches!(allowed, Allowed::These(c) if c.iter().any(|c| c.strip_suffix(mark) == Some(to)));
     let fits = match allowed {
-        Allowed::These(crates) => crates.iter().any(|c| match c.strip_suffix('?') {
-            Some(c) => c == to && optional,
-            None => *c == to,
-        }),
+        Allowed::These(crates) => {
+            crates.contains(&to) || (row("?") && (optional || dev)) || (row("@dev") && dev)
+        }
         Allowed::Libraries => to != "xtask" && !PROGRAMS.contains(&to),
         Allowed::All => to != "xtask",
     };
@@ -109,12 +113,10 @@ fn check_dependency(
         return None;
     }
     let kind = dependency["kind"].as_str().map(|k| format!(" ({k}-dependency)")).unwrap_or_default();
-    let must_be_optional =
-        matches!(allowed, Allowed::These(c) if c.iter().any(|c| c.strip_suffix('?') == Some(to)));
-    let why = if must_be_optional {
-        "only as an optional dependency".to_owned()
-    } else {
-        "this arrow is not allowed".to_owned()
+    let why = match (row("?"), row("@dev")) {
+        (true, _) => "only as an optional dependency",
+        (_, true) => "only as a dependency of tests and benches",
+        _ => "this arrow is not allowed",
     };
     Some(format!("{from} → {to}{kind}: {why}"))
 }
@@ -190,11 +192,13 @@ mod tests {
 
     #[test]
     fn arrows_that_run_the_right_way_pass() {
-        let members = ["cm-schedule", "cm-torch", "cm-net", "cm-sampler", "cm-cli", "cm-tests", "xtask"];
+        let members =
+            ["cm-schedule", "cm-torch", "cm-net", "cm-sampler", "cm-train", "cm-cli", "cm-tests", "xtask"];
         let edges = [
             ("cm-torch", "cm-schedule", None, false),
             ("cm-torch", "tch", None, false),
             ("cm-sampler", "cm-net", None, true),
+            ("cm-train", "cm-net", Some("dev"), false),
             ("cm-cli", "cm-sampler", None, false),
             ("cm-cli", "anyhow", None, false),
             ("cm-tests", "cm-cli", Some("dev"), false),
@@ -205,7 +209,16 @@ mod tests {
 
     #[test]
     fn the_edge_that_breaks_a_rule_is_named() {
-        let members = ["cm-schedule", "cm-torch", "cm-model", "cm-net", "cm-sampler", "cm-golden", "cm-cli"];
+        let members = [
+            "cm-schedule",
+            "cm-torch",
+            "cm-model",
+            "cm-net",
+            "cm-sampler",
+            "cm-train",
+            "cm-golden",
+            "cm-cli",
+        ];
         for (edge, said) in [
             (("cm-torch", "cm-model", None, false), "cm-torch → cm-model: this arrow is not allowed"),
             (
@@ -213,6 +226,10 @@ mod tests {
                 "cm-net → cm-sampler (dev-dependency): this arrow is not allowed",
             ),
             (("cm-sampler", "cm-net", None, false), "cm-sampler → cm-net: only as an optional dependency"),
+            (
+                ("cm-train", "cm-net", None, false),
+                "cm-train → cm-net: only as a dependency of tests and benches",
+            ),
             (("cm-cli", "cm-golden", None, false), "cm-cli → cm-golden: this arrow is not allowed"),
             (("cm-net", "anyhow", None, false), "cm-net → anyhow: libraries have typed errors (thiserror)"),
         ] {
