@@ -222,11 +222,26 @@ impl Recipe {
                     "an adaptive rate follows N(k), and continuous noise levels have none",
                 ))
             }
-            (PairRule::Grid { rho, .. }, _) => {
+            _ => self.check_parts(),
+        }
+    }
+
+    /// Values from a file have passed these checks; values made in code have not.
+    fn check_parts(&self) -> Result<()> {
+        match self.pairs {
+            PairRule::Grid { rho, num_scales, index } => {
                 KarrasGrid::new(SigmaRange::EDM, rho)?;
-                Ok(())
+                num_scales.validate()?;
+                index.validate()?;
             }
-            _ => Ok(()),
+            PairRule::Continuous { sigma, map } => {
+                sigma.validate()?;
+                map.validate()?;
+            }
+        }
+        match self.target {
+            TargetRule::Live {} => Ok(()),
+            TargetRule::Ema { rule } => Ok(rule.validate()?),
         }
     }
 }
@@ -377,6 +392,8 @@ mod tests {
             *rho = 0.0;
         }
         assert!(flat.check().unwrap_err().to_string().contains("rho"));
+        let frozen = Recipe { target: TargetRule::Ema { rule: TargetEma::Fixed { mu: 1.0 } }, ..ect() };
+        assert!(frozen.check().unwrap_err().to_string().starts_with("mu = 1"));
     }
 
     #[test]

@@ -83,12 +83,14 @@ impl TrainSpec {
         positive("train.grad_clip", self.grad_clip, "leave it out for no clipping")?;
         positive("train.replace_non_finite", self.replace_non_finite, "EDM uses 1e5; leave it out for none")?;
         self.check_emas()?;
+        self.lr_rule.validate()?;
         self.optimizer.check()?;
         self.recipe().check()?;
         self.metric.build(shape)
     }
 
     fn check_emas(&self) -> Result<()> {
+        self.emas.iter().try_for_each(EmaRule::validate)?;
         let mut names: Vec<String> = self.emas.iter().map(ema_name).collect();
         names.sort();
         match names.windows(2).find(|pair| pair[0] == pair[1]) {
@@ -181,6 +183,8 @@ mod tests {
                 .contains("beta1")
         );
         let twice = error(|s| s.emas = vec![EmaRule::Beta { beta: 0.99 }; 2]);
+        assert!(error(|s| s.emas = vec![EmaRule::Beta { beta: 1.5 }]).starts_with("beta = 1.5"));
+        assert!(error(|s| s.lr_rule = LrRule::Warmup { warmup_images: 0.0 }).contains("warmup_images = 0"));
         assert!(twice.starts_with("train.emas = 0.99"), "{twice}");
     }
 
