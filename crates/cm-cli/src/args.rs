@@ -62,7 +62,7 @@ const SAMPLE_EXAMPLES: &str = "\
 Examples:
   cm sample runs/digits --seeds 0-63
   cm sample runs/digits --sampler multistep --sigmas 80,0.8 --seeds 0-15 --out out/two-step
-  cm sample model.safetensors --sampler multistep --ts 0,22,39 --steps 40 --class 3";
+  cm sample model.safetensors --sampler multistep --ts 0,22,39 --class 3";
 
 const DEMO_EXAMPLES: &str = "\
 Examples:
@@ -131,7 +131,8 @@ pub struct SampleArgs {
     /// final noise and is not evaluated.
     #[arg(long, value_delimiter = ',', conflicts_with = "sigmas")]
     pub ts: Option<Vec<usize>>,
-    /// Number of points of the grid that --ts counts in; needed with --ts.
+    /// Number of points of the grid that --ts counts in [default: one more than its last index, which then is σ_min,
+    /// as in all published time points].
     #[arg(long, requires = "ts")]
     pub steps: Option<usize>,
     /// Time points of multistep sampling as noise levels, falling; each one is evaluated.

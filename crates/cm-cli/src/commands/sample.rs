@@ -65,13 +65,11 @@ fn times(args: &SampleArgs) -> Result<Times> {
     match (&args.sigmas, &args.ts) {
         (Some(sigmas), _) => Ok(Times::Sigmas(sigmas.clone())),
         (None, Some(ts)) => {
-            let steps = args.steps.context(
-                "--steps is missing: the number of grid points that --ts counts in (40 for the published \
-                 ImageNet-64 CD models, 201 for CT)",
-            )?;
+            let last = ts.last().copied().unwrap_or(0);
+            let steps = args.steps.unwrap_or_else(|| last.saturating_add(1));
             Ok(Times::Indices { ts: ts.clone(), steps })
         }
-        (None, None) => bail!("--sampler multistep needs --sigmas 80,0.8 or --ts 0,22,39 --steps 40"),
+        (None, None) => bail!("--sampler multistep needs --sigmas 80,0.8 or --ts 0,22,39"),
     }
 }
 
