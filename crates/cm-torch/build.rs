@@ -84,12 +84,13 @@ fn compile_shim(include: &Path) -> Result<(), String> {
 
 fn check_version(root: &Path) -> Result<(), String> {
     let path = root.join("version.py");
-    println!("cargo::rerun-if-changed={}", path.display());
     if env_rerun("LIBTORCH_BYPASS_VERSION_CHECK").is_some() {
         return Ok(());
     }
     // Archives from elsewhere than PyPI have no version.py; torch-sys reads their build-version.
     let Ok(text) = fs::read_to_string(&path) else { return Ok(()) };
+    // Only for a file that is there: cargo takes a missing one for changed, every time.
+    println!("cargo::rerun-if-changed={}", path.display());
     let found = text
         .lines()
         .find_map(|line| line.strip_prefix("__version__"))

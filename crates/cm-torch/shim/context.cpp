@@ -27,6 +27,13 @@ at::DeviceType device_type(int code) {
   }
 }
 
+// Null before CUDA's first allocation.
+c10::DeviceAllocator* cuda_allocator() {
+  auto* allocator = dynamic_cast<c10::DeviceAllocator*>(c10::GetAllocator(at::kCUDA));
+  TORCH_CHECK(allocator != nullptr, "CUDA is not open in this process: resolve a CUDA device first");
+  return allocator->initialized() ? allocator : nullptr;
+}
+
 } // namespace
 
 extern "C" {
@@ -126,11 +133,11 @@ bool cm_is_channels_last(cm_tensor input) {
 // out: bytes in tensors now, peak bytes in tensors, bytes reserved from the driver now, peak bytes reserved.
 char* cm_cuda_memory(int index, int64_t* out) {
   return cm_guard([&] {
-    auto* allocator = c10::getDeviceAllocator(at::kCUDA);
+    auto* allocator = cuda_allocator();
     for (int i = 0; i < 4; ++i) {
       out[i] = 0;
     }
-    if (!allocator->initialized()) {
+    if (allocator == nullptr) {
       return;
     }
     const auto stats = allocator->getDeviceStats(static_cast<c10::DeviceIndex>(index));
@@ -144,8 +151,8 @@ char* cm_cuda_memory(int index, int64_t* out) {
 
 char* cm_cuda_reset_peak(int index) {
   return cm_guard([&] {
-    auto* allocator = c10::getDeviceAllocator(at::kCUDA);
-    if (allocator->initialized()) {
+    auto* allocator = cuda_allocator();
+    if (allocator != nullptr) {
       allocator->resetPeakStats(static_cast<c10::DeviceIndex>(index));
     }
   });

@@ -24,6 +24,9 @@ fn a_cpu_run_counts_its_memory_and_opens_no_cuda() {
     let reset = memory(device).unwrap();
     assert!(reset.peak + BYTES / 2 < after.peak, "{after:?} {reset:?}");
 
+    let error = memory(Device::Cuda(0)).unwrap_err().to_string();
+    assert_eq!(error, "libtorch: CUDA is not open in this process: resolve a CUDA device first");
+
     if cfg!(target_os = "linux") {
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
         assert!(maps.contains("libtorch_cpu") && !maps.contains("libtorch_cuda"));
