@@ -46,8 +46,8 @@ pub struct Losses {
 /// network computes in.
 ///
 /// # Source
-/// Song et al. 2023, Algorithm 3; with [`Target::Live`] it is the loss of iCT (arXiv 2310.14189, eq. 7) and ECT
-/// (arXiv 2406.14548, eq. 12).
+/// Song et al. 2023, Algorithm 3; with [`Target::Live`] it is the loss of iCT (arXiv 2310.14189) and ECT
+/// (arXiv 2406.14548).
 ///
 /// # Errors
 /// [`Error::Input`] or [`cm_model::Error`] if the parts of the example do not fit each other or the network.

