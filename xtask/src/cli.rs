@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 
-use crate::{ci, doctor, exports, runner, setup, tidy};
+use crate::{ci, doctor, exports, runner, setup, tidy, tools};
 
 /// Set libtorch up, then build, test, train and sample with it.
 ///
@@ -63,7 +63,10 @@ enum Command {
     /// Check this project against numbers recorded from the reference implementations
     #[command(after_help = "Examples:
   cargo xtask golden                  the files under tests/golden
-  cargo xtask golden --dir DIR        all the files in DIR")]
+  cargo xtask golden --dir DIR        all the files in DIR
+  cargo xtask golden --dir DIR --only 03
+
+All arguments go to `cm-golden`.")]
     Golden(Rest),
 
     /// Train a small consistency model on the bundled digits and sample it in one step
@@ -154,11 +157,20 @@ pub fn run(cli: Cli) -> Result<u8> {
         Command::Build(rest) => runner::cargo_on_workspace(&["build", "--release"], rest.args),
         Command::Test(rest) => runner::cargo_on_workspace(&["test", "--release"], rest.args),
         Command::Bench(rest) => runner::cargo_on_workspace(&["bench", "--profile", "release"], rest.args),
-        Command::Golden(rest) => runner::program("cm-golden", "cm-golden", &[], rest.args),
+        Command::Golden(rest) => runner::program("cm-golden", "cm-golden", &[], golden_arguments(rest.args)),
         Command::Demo(rest) => runner::program("cm-cli", "cm", &["demo"], rest.args),
         Command::TrainCifar10(rest) => runner::program("cm-cli", "cm", &["train-cifar10"], rest.args),
         Command::Cm(cm) => runner::program("cm-cli", "cm", &[], cm.args),
     }
+}
+
+/// Adds the committed files if no folder is named.
+fn golden_arguments(mut args: Vec<OsString>) -> Vec<OsString> {
+    let names_folder = |arg: &OsString| arg == "--dir" || arg.to_string_lossy().starts_with("--dir=");
+    if !args.iter().any(names_folder) {
+        args.extend(["--dir".into(), tools::workspace_root().join("tests/golden").into_os_string()]);
+    }
+    args
 }
 
 #[cfg(test)]
@@ -169,6 +181,17 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn golden_files_are_the_committed_ones_unless_named() {
+        for named in [vec!["--dir", "D"], vec!["--only", "03", "--dir=D"]] {
+            let named: Vec<OsString> = named.into_iter().map(OsString::from).collect();
+            assert_eq!(golden_arguments(named.clone()), named);
+        }
+        let added = golden_arguments(vec!["--only".into(), "03".into()]);
+        assert_eq!(added[2], "--dir");
+        assert!(std::path::Path::new(&added[3]).ends_with("tests/golden"));
     }
 
     #[test]
