@@ -18,7 +18,7 @@ impl Batch {
     /// The images in [−1, 1] on `device`: x/127.5 − 1.
     ///
     /// # Shapes
-    /// float32 [B, C, H, W]. The bytes travel, and are converted where they arrive.
+    /// float32 `[B, C, H, W]`. The bytes travel, and are converted where they arrive.
     ///
     /// # Errors
     /// [`Error::Torch`], for instance if the device has no memory left.
@@ -26,7 +26,7 @@ impl Batch {
         to_tensor(&self.pixels, self.shape, device)
     }
 
-    /// The labels on `device`, int64 [B]; `None` if the set is unlabelled.
+    /// The labels on `device`, int64 `[B]`; `None` if the set is unlabelled.
     ///
     /// # Errors
     /// [`Error::Torch`].
@@ -38,7 +38,7 @@ impl Batch {
     }
 }
 
-/// NCHW bytes to float32 [B, C, H, W] in [−1, 1].
+/// NCHW bytes to float32 `[B, C, H, W]` in [−1, 1].
 ///
 /// # Errors
 /// [`Error::Argument`] if the bytes are not whole images; [`Error::Torch`].

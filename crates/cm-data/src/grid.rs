@@ -34,7 +34,7 @@ impl GridStyle {
     /// A layout with a given number of columns, cells of at least 64 pixels.
     pub fn with_columns(shape: Shape, columns: usize) -> Self {
         let scale = 64_usize.div_ceil(shape.height.min(shape.width).max(1)) as u32;
-        Self { columns, gap: 4, scale, background: [32, 32, 32] }
+        Self { columns, gap: 4, scale, background: [96, 96, 96] }
     }
 }
 

@@ -28,7 +28,7 @@ const SPELLED_OUT: usize = 20;
 /// How much is looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct InspectOptions {
-    /// Images that are decoded, at equal distances through the set.
+    /// Image files that are decoded, at equal distances through the set; sets in memory are looked at whole.
     pub max_images: usize,
     /// Where labels of a folder or zip come from.
     pub labels: LabelRule,
@@ -288,7 +288,9 @@ fn survey(
     mut problems: Vec<String>,
 ) -> Result<Inspection> {
     let set = source.set();
-    let looked_at = set.len().min(options.max_images.max(1));
+    // Of a set in memory every image costs next to nothing.
+    let most = if set.is_resident() { set.len() } else { options.max_images.max(1) };
+    let looked_at = set.len().min(most);
     let chosen: Vec<usize> =
         (0..looked_at).map(|i| (i as u128 * set.len() as u128 / looked_at as u128) as usize).collect();
     let results: Vec<Result<Tally>> =
@@ -453,7 +455,8 @@ impl fmt::Display for Report {
             }
         }
         for class in self.classes.iter().take(20) {
-            let name = class.name.as_ref().map_or(String::new(), |n| format!(" {n}"));
+            let name = class.name.as_ref().filter(|n| **n != class.class.to_string());
+            let name = name.map_or(String::new(), |n| format!(" {n}"));
             writeln!(f, "    {}{name}: {}", class.class, class.count)?;
         }
         if let (Some(min), Some(max), true) = (

@@ -278,8 +278,9 @@ mod tests {
         for format in [ImageFormat::Png, ImageFormat::Jpeg, ImageFormat::Bmp, ImageFormat::Gif] {
             let bytes = encode(gradient(64, 64), format);
             for keep in [bytes.len() * 3 / 4, bytes.len() / 4, 12, 0] {
-                let error =
-                    decode(&bytes[..keep], "cut.img").expect_err(&format!("{format:?} cut to {keep}"));
+                let error = decode(&bytes[..keep], "cut.img")
+                    .map(|image| image.size())
+                    .expect_err(&format!("{format:?} cut to {keep}"));
                 assert!(error.to_string().starts_with("cut.img: cannot decode"), "{error}");
             }
         }

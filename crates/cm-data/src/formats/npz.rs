@@ -161,7 +161,7 @@ pub fn write(
     Ok(())
 }
 
-/// [`write`] to a file, whole or not at all.
+/// [`write()`] to a file, whole or not at all.
 ///
 /// # Errors
 /// [`Error::Io`] with the file.
