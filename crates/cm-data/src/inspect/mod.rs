@@ -1,24 +1,25 @@
 //! What lies at a path: the answer of `cm data inspect`.
 
-use std::fmt;
-use std::fs::File;
-use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use image::RgbImage;
 use rayon::prelude::*;
-use serde::Serialize;
 
 use crate::dataset::{Dataset, Shape};
-use crate::error::{Error, Result, listing};
+use crate::error::{Error, Result};
 use crate::formats::files::{FileOptions, ImageFiles};
 use crate::formats::labels::LabelRule;
 use crate::formats::{bundled, cifar, idx, npz};
 use crate::grid::{GridStyle, grid, sheet_indices};
-use crate::limits::open_maybe_gz;
 use crate::resize::{Filter, Fit, fit};
-use crate::spec::{SourceKind, SourceSpec, Split};
+use crate::spec::{SourceKind, Split};
 use crate::transform::{Channels, Plain};
+
+mod detect;
+mod report;
+
+pub use detect::detect;
+pub use report::{ClassCount, Report, SizeCount};
 
 /// Images of a contact sheet are shrunk to this side.
 const THUMBNAIL: usize = 128;
@@ -38,65 +39,6 @@ impl Default for InspectOptions {
     fn default() -> Self {
         Self { max_images: 20_000, labels: LabelRule::Auto }
     }
-}
-
-/// A size and how many of the images that were looked at have it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct SizeCount {
-    /// Width in pixels.
-    pub width: usize,
-    /// Height in pixels.
-    pub height: usize,
-    /// 1 or 3.
-    pub channels: usize,
-    /// Number of images.
-    pub count: usize,
-}
-
-/// A class and its images.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct ClassCount {
-    /// The class.
-    pub class: usize,
-    /// Its name, where the source has one.
-    pub name: Option<String>,
-    /// Number of images.
-    pub count: usize,
-}
-
-/// What was found.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Report {
-    /// The form.
-    pub kind: SourceKind,
-    /// The set in one line.
-    pub source: String,
-    /// The place, if there is one.
-    pub path: Option<PathBuf>,
-    /// Images in all.
-    pub count: usize,
-    /// Images that were decoded for what follows.
-    pub looked_at: usize,
-    /// Their sizes, most frequent first.
-    pub sizes: Vec<SizeCount>,
-    /// Where labels come from, if the set has some.
-    pub labels: Option<LabelRule>,
-    /// The classes.
-    pub classes: Vec<ClassCount>,
-    /// Smallest value, 0..=255.
-    pub min: u8,
-    /// Largest value.
-    pub max: u8,
-    /// Mean of each channel, in the [−1, 1] that networks see.
-    pub mean: Vec<f64>,
-    /// Standard deviation of each channel, likewise.
-    pub std: Vec<f64>,
-    /// Standard deviation over all values, likewise: what a preconditioner calls `sigma_data`.
-    pub sigma_data: f64,
-    /// Files that are no images.
-    pub ignored: usize,
-    /// What is wrong or needs a decision.
-    pub problems: Vec<String>,
 }
 
 /// A report and the contact sheet that belongs to it.
@@ -153,70 +95,6 @@ fn all_or_train<T>(read: impl Fn(Split) -> Result<T>, problems: &mut Vec<String>
                 problems.push(format!("only the training images: {test}"));
             }
             Ok(train)
-        }
-    }
-}
-
-/// The form of what lies at `path`, told by its content first and by names where content cannot tell.
-///
-/// # Errors
-/// [`Error::Missing`] if nothing is there, [`Error::Format`] if it is nothing that this crate reads.
-pub fn detect(path: &Path) -> Result<SourceKind> {
-    match path.to_str() {
-        Some("digits") if !path.exists() => return Ok(SourceKind::Digits),
-        Some("emoji") if !path.exists() => return Ok(SourceKind::Emoji),
-        _ => {}
-    }
-    if path.is_dir() {
-        return Ok(if cifar::find(path).is_ok() {
-            SourceKind::Cifar10
-        } else if idx::find(path).is_ok() {
-            SourceKind::Idx
-        } else {
-            SourceKind::Folder
-        });
-    }
-    if !path.is_file() {
-        return Err(Error::Missing {
-            what: "data",
-            path: path.into(),
-            expected: "a folder or zip of images, CIFAR-10's folder or archive, IDX files, npz, or the word digits or emoji".into(),
-            found: listing(path),
-            remedy: "check the path".into(),
-        });
-    }
-    detect_file(path)
-}
-
-fn detect_file(path: &Path) -> Result<SourceKind> {
-    let file = File::open(path).map_err(Error::io("read", path))?;
-    let mut start = Vec::new();
-    file.take(8).read_to_end(&mut start).map_err(Error::io("read", path))?;
-    if start.starts_with(b"\x93NUMPY") {
-        return Ok(SourceKind::Npz);
-    }
-    if start.starts_with(b"PK") {
-        let file = File::open(path).map_err(Error::io("read", path))?;
-        let archive = zip::ZipArchive::new(std::io::BufReader::new(file));
-        let archive =
-            archive.map_err(|e| Error::corrupt(path.display().to_string(), format!("as a zip: {e}")))?;
-        let arrays = archive.file_names().any(|n| n.ends_with(".npy"));
-        return Ok(if arrays { SourceKind::Npz } else { SourceKind::Zip });
-    }
-    let mut inside = Vec::new();
-    // A broken gzip stream is named by the reader of its form.
-    let _ = open_maybe_gz(path)?.reader.take(4).read_to_end(&mut inside);
-    match inside[..] {
-        [0, 0, 8, 3] => Ok(SourceKind::Idx),
-        _ if start.starts_with(&[0x1f, 0x8b]) => Ok(SourceKind::Cifar10),
-        _ => {
-            let expected =
-                "a zip, npz, npy, IDX or CIFAR-10 archive (a single image is no set: give its folder)";
-            Err(Error::format(
-                &path.display().to_string(),
-                expected,
-                format!("a file that starts with {start:02x?}"),
-            ))
         }
     }
 }
@@ -291,26 +169,7 @@ fn survey(
     // Of a set in memory every image costs next to nothing.
     let most = if set.is_resident() { set.len() } else { options.max_images.max(1) };
     let looked_at = set.len().min(most);
-    let chosen: Vec<usize> =
-        (0..looked_at).map(|i| (i as u128 * set.len() as u128 / looked_at as u128) as usize).collect();
-    let results: Vec<Result<Tally>> =
-        chosen.par_iter().map(|&i| source.image(i).map(|p| Tally::of(&p))).collect();
-    let mut tallies = Vec::new();
-    let mut faults = Vec::new();
-    for result in results {
-        match result {
-            Ok(tally) => tallies.push(tally),
-            Err(fault) => faults.push(fault),
-        }
-    }
-    if tallies.is_empty() {
-        let nothing = Error::Empty { place: set.source().into(), reason: "no image decodes".into() };
-        return Err(faults.into_iter().next().unwrap_or(nothing));
-    }
-    problems.extend(faults.iter().take(SPELLED_OUT).map(ToString::to_string));
-    if faults.len() > SPELLED_OUT {
-        problems.push(format!("{} more images do not decode", faults.len() - SPELLED_OUT));
-    }
+    let tallies = tally(&source, looked_at, &mut problems)?;
     let sizes = count_sizes(&tallies);
     if sizes.len() > 1 {
         problems.push(format!("{} sizes or colours: set resolution, fit and channels", sizes.len()));
@@ -345,6 +204,32 @@ fn survey(
     };
     let sheet = draw_sheet(&source, &report)?;
     Ok(Inspection { report, sheet })
+}
+
+/// Decodes `looked_at` images at equal distances. Those that do not decode become problems; an error if none does.
+fn tally(source: &Source, looked_at: usize, problems: &mut Vec<String>) -> Result<Vec<Tally>> {
+    let set = source.set();
+    let chosen: Vec<usize> =
+        (0..looked_at).map(|i| (i as u128 * set.len() as u128 / looked_at as u128) as usize).collect();
+    let results: Vec<Result<Tally>> =
+        chosen.par_iter().map(|&i| source.image(i).map(|p| Tally::of(&p))).collect();
+    let mut tallies = Vec::new();
+    let mut faults = Vec::new();
+    for result in results {
+        match result {
+            Ok(tally) => tallies.push(tally),
+            Err(fault) => faults.push(fault),
+        }
+    }
+    if tallies.is_empty() {
+        let nothing = Error::Empty { place: set.source().into(), reason: "no image decodes".into() };
+        return Err(faults.into_iter().next().unwrap_or(nothing));
+    }
+    problems.extend(faults.iter().take(SPELLED_OUT).map(ToString::to_string));
+    if faults.len() > SPELLED_OUT {
+        problems.push(format!("{} more images do not decode", faults.len() - SPELLED_OUT));
+    }
+    Ok(tallies)
 }
 
 fn count_sizes(tallies: &[Tally]) -> Vec<SizeCount> {
@@ -411,69 +296,6 @@ fn draw_sheet(source: &Source, report: &Report) -> Result<RgbImage> {
         }
     });
     grid(&pixels, shape, &GridStyle::with_columns(shape, columns))
-}
-
-impl Report {
-    /// The data section of a config that reads this set as it is.
-    pub fn spec(&self) -> SourceSpec {
-        SourceSpec::new(self.kind, self.path.clone())
-    }
-}
-
-impl fmt::Display for Report {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{}: {} images", self.source, self.count)?;
-        if self.looked_at < self.count {
-            writeln!(f, "  looked at {} of them, at equal distances", self.looked_at)?;
-        }
-        for size in self.sizes.iter().take(5) {
-            let color = if size.channels == 1 { "grey" } else { "RGB" };
-            writeln!(f, "  {}x{} {color}: {}", size.width, size.height, size.count)?;
-        }
-        if self.sizes.len() > 5 {
-            writeln!(f, "  … {} sizes in all", self.sizes.len())?;
-        }
-        let list = |v: &[f64]| v.iter().map(|x| format!("{x:.4}")).collect::<Vec<_>>().join(" ");
-        writeln!(f, "  values {}..{} of 0..255", self.min, self.max)?;
-        writeln!(
-            f,
-            "  in [-1, 1]: mean {}, std {}, over all channels {:.4}",
-            list(&self.mean),
-            list(&self.std),
-            self.sigma_data
-        )?;
-        match self.labels {
-            None => writeln!(f, "  no labels")?,
-            Some(rule) => {
-                let from = match rule {
-                    LabelRule::DatasetJson => " (from dataset.json)",
-                    LabelRule::Prefix => " (file name before the first _)",
-                    LabelRule::Folder => " (folder names)",
-                    LabelRule::Auto | LabelRule::None => "",
-                };
-                writeln!(f, "  {} classes{from}:", self.classes.len())?;
-            }
-        }
-        for class in self.classes.iter().take(20) {
-            let name = class.name.as_ref().filter(|n| **n != class.class.to_string());
-            let name = name.map_or(String::new(), |n| format!(" {n}"));
-            writeln!(f, "    {}{name}: {}", class.class, class.count)?;
-        }
-        if let (Some(min), Some(max), true) = (
-            self.classes.iter().map(|c| c.count).min(),
-            self.classes.iter().map(|c| c.count).max(),
-            self.classes.len() > 20,
-        ) {
-            writeln!(f, "    … {} classes in all, of {min} to {max} images", self.classes.len())?;
-        }
-        if self.ignored > 0 {
-            writeln!(f, "  {} other files passed over", self.ignored)?;
-        }
-        for problem in &self.problems {
-            writeln!(f, "  problem: {problem}")?;
-        }
-        Ok(())
-    }
 }
 
 #[cfg(test)]
