@@ -57,7 +57,8 @@ enum Command {
     /// Run the benches (cargo bench, in the release profile)
     #[command(after_help = "Examples:
   cargo xtask bench
-  cargo xtask bench -p cm-torch -- optimiser")]
+  cargo xtask bench -p cm-torch --bench optimizer
+  cargo xtask bench -- --save-baseline before")]
     Bench(Rest),
 
     /// Check this project against numbers recorded from the reference implementations
@@ -156,7 +157,9 @@ pub fn run(cli: Cli) -> Result<u8> {
         Command::Ci(args) => ci::run(&args),
         Command::Build(rest) => runner::cargo_on_workspace(&["build", "--release"], rest.args),
         Command::Test(rest) => runner::cargo_on_workspace(&["test", "--release"], rest.args),
-        Command::Bench(rest) => runner::cargo_on_workspace(&["bench", "--profile", "release"], rest.args),
+        Command::Bench(rest) => {
+            runner::cargo_on_workspace(&["bench", "--profile", "release"], bench_arguments(rest.args))
+        }
         Command::Golden(rest) => runner::program("cm-golden", "cm-golden", &[], golden_arguments(rest.args)),
         Command::Demo(rest) => runner::program("cm-cli", "cm", &["demo"], rest.args),
         Command::TrainCifar10(rest) => runner::program("cm-cli", "cm", &["train-cifar10"], rest.args),
@@ -173,6 +176,15 @@ fn golden_arguments(mut args: Vec<OsString>) -> Vec<OsString> {
     args
 }
 
+/// Selects the benches alone if none is named: unit tests, which cargo would call too, do not know criterion's options.
+fn bench_arguments(mut args: Vec<OsString>) -> Vec<OsString> {
+    let names_bench = |arg: &OsString| arg.to_string_lossy().starts_with("--bench");
+    if !args.iter().take_while(|arg| *arg != "--").any(names_bench) {
+        args.splice(0..0, ["--bench".into(), "*".into()]);
+    }
+    args
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -181,6 +193,18 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn benches_alone_are_selected_unless_named() {
+        let of = |args: &[&str]| bench_arguments(args.iter().map(OsString::from).collect());
+        assert_eq!(
+            of(&["-p", "cm-torch", "--", "--bench"]),
+            ["--bench", "*", "-p", "cm-torch", "--", "--bench"]
+        );
+        for named in [["--bench", "noise"], ["--benches", "x"]] {
+            assert_eq!(of(&named), named);
+        }
     }
 
     #[test]
