@@ -10,7 +10,7 @@ use std::time::Duration;
 use cm_model::schedule::{Edm, NoiseCond, SigmaRange};
 use cm_model::{Compute, Cond, Denoiser, Preconditioned, Sigma};
 use cm_net::{NetSpec, SongUnetSpec, build};
-use criterion::{Criterion, criterion_group, criterion_main};
+use criterion::{Criterion, SamplingMode, criterion_group, criterion_main};
 use tch::{Device, Kind, Tensor};
 
 /// The network of the demo on 8×8 digits.
@@ -31,8 +31,12 @@ fn digits() -> SongUnetSpec {
 fn forward(c: &mut Criterion) {
     let mut group = c.benchmark_group("forward");
     group.sample_size(10).warm_up_time(Duration::from_secs(1)).measurement_time(Duration::from_secs(5));
-    let fp32 = Compute::default();
-    let bf16 = Compute { autocast: Some(Kind::BFloat16), channels_last: true };
+    group.sampling_mode(SamplingMode::Flat);
+    let ways = [
+        ("fp32", Compute::default()),
+        ("bf16", Compute { autocast: Some(Kind::BFloat16), channels_last: false }),
+        ("bf16_channels_last", Compute { autocast: Some(Kind::BFloat16), channels_last: true }),
+    ];
     let cases = [
         ("ddpmpp_cifar10", SongUnetSpec::ddpmpp_cifar10(0), vec![1, 16]),
         ("ncsnpp_cifar10", SongUnetSpec::consistency_cifar10(), vec![1]),
@@ -40,7 +44,7 @@ fn forward(c: &mut Criterion) {
     ];
     for (name, spec, batches) in cases {
         let spec = NetSpec::from(spec);
-        for (how, compute) in [("fp32", fp32), ("bf16_channels_last", bf16)] {
+        for (how, compute) in ways {
             let net = build(&spec, 0, Device::Cpu).expect("a published network");
             if compute.channels_last {
                 net.params().to_channels_last();

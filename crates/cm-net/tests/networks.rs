@@ -231,3 +231,21 @@ fn with_filters(mut tensors: TensorMap) -> TensorMap {
     }
     tensors
 }
+
+#[test]
+fn published_names_and_flat_attention_weights_load() {
+    let song = NetSpec::from(song());
+    let net = build(&song, 1, CPU).unwrap();
+    let published = net.params().iter().map(|(name, t)| (format!("model.{name}"), t.copy())).collect();
+    build(&song, 2, CPU).unwrap().params().load(&song.names_from_published(published), Cast::Never).unwrap();
+
+    let spec = NetSpec::from(openai());
+    let net = build(&spec, 1, CPU).unwrap();
+    let flat = |(name, t): (&str, &Tensor)| {
+        let attention = name.contains("qkv.weight") || name.contains("proj_out.weight");
+        (name.to_owned(), if attention { t.squeeze_dim(3) } else { t.copy() })
+    };
+    let published: TensorMap = net.params().iter().map(flat).collect();
+    assert!(net.params().load(&published, Cast::Never).is_err());
+    net.params().load(&spec.names_from_published(published), Cast::Never).unwrap();
+}
