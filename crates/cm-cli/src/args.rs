@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use clap::builder::{OsStringValueParser, RangedU64ValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use cm_torch::device::DeviceSpec;
 
@@ -92,17 +93,22 @@ pub struct CifarArgs {
     pub config: String,
     /// A folder that holds CIFAR-10's binary archive or its files, or the archive itself [default: data/cifar10,
     /// into which the archive is downloaded where it is not there].
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = any_path())]
     pub data: Option<PathBuf>,
     /// Options that every training shares.
     #[command(flatten)]
     pub run: RunArgs,
 }
 
+/// A path that may be empty: what is wrong with it is said where it is used.
+fn any_path() -> impl TypedValueParser<Value = PathBuf> {
+    OsStringValueParser::new().map(PathBuf::from)
+}
+
 /// What every training takes.
 #[derive(Debug, Args)]
 pub struct RunArgs {
-    /// Folder of the run: config, logs, checkpoints, sample grids [default: runs/NAME].
+    /// Folder of the run: config, logs, checkpoints, sample grids [default: out/runs/NAME].
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
     /// Where to compute: auto, cpu, cuda or cuda:N. A device that is not there is an error; only `auto` chooses.
@@ -148,7 +154,7 @@ pub struct SampleArgs {
     #[arg(long, value_name = "RATE|raw")]
     pub ema: Option<String>,
     /// Images computed together.
-    #[arg(long, default_value_t = 64)]
+    #[arg(long, default_value = "64", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     pub batch: usize,
     /// Do not clip images to [-1, 1] after each jump.
     #[arg(long)]
@@ -191,7 +197,7 @@ pub struct DemoArgs {
     /// Folder for pictures, checkpoint and summary.
     #[arg(long, value_name = "DIR", default_value = "out/demo")]
     pub out: PathBuf,
-    /// Time for the whole demo in seconds; the training schedule is fitted to it [default: 240 for digits, 1500
+    /// Time for the whole demo in seconds; the training schedule is fitted to it [default: 220 for digits, 1500
     /// for emoji].
     #[arg(long)]
     pub seconds: Option<f64>,
@@ -291,6 +297,11 @@ impl std::str::FromStr for SeedRange {
             }
             seeds.extend(first..=last);
         }
+        let mut sorted = seeds.clone();
+        sorted.sort_unstable();
+        if let Some(pair) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(format!("seed {} is there twice", pair[0]));
+        }
         Ok(Self(seeds))
     }
 }
@@ -310,7 +321,7 @@ mod tests {
         let seeds = |text: &str| text.parse::<SeedRange>().map(|s| s.0);
         assert_eq!(seeds("0-3").unwrap(), vec![0, 1, 2, 3]);
         assert_eq!(seeds("7,1-2").unwrap(), vec![7, 1, 2]);
-        for bad in ["", "3-1", "a", "0-99999999999", "-1", "72057594037927936", "1,,2"] {
+        for bad in ["", "3-1", "a", "0-99999999999", "-1", "72057594037927936", "1,,2", "0-3,2"] {
             assert!(seeds(bad).is_err(), "{bad}");
         }
     }

@@ -70,6 +70,18 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
     }
 }
 
+/// A panic as one line. libtorch has no way but this to report that memory ran out inside an operation.
+pub fn panic_line(panic: &std::panic::PanicHookInfo<'_>) -> String {
+    let text = panic.payload_as_str().unwrap_or("an error without a text");
+    let start = text.find("Torch(\"").map_or(0, |at| at + "Torch(\"".len());
+    let line = text[start..].split(['\n']).next().unwrap_or_default().split("\\n").next().unwrap_or_default();
+    if line.contains("memory") {
+        return format!("{line}; lower train.micro_batch (or --batch), or the size of the network");
+    }
+    let place = panic.location().map(|at| format!(" ({}:{})", at.file(), at.line())).unwrap_or_default();
+    format!("{line}{place}; this is a fault of the program, please report it")
+}
+
 /// Marks an error as the user's to mend before anything runs.
 pub trait OrUsage<T> {
     /// Turns the error into [`Failure::Usage`].

@@ -19,21 +19,27 @@ use args::{Cli, Command};
 use clap::Parser;
 
 fn main() -> ExitCode {
-    let result = match Cli::parse().command {
-        Command::Train(args) => commands::train::train(&args),
-        Command::TrainCifar10(args) => commands::train::train_cifar10(&args),
-        Command::Sample(args) => commands::sample::sample(&args),
-        Command::Demo(args) => demo::demo(&args),
-        Command::Data(command) => commands::data::data(&command),
-        Command::Model(command) => commands::model::model(&command),
-        Command::Preset(command) => commands::preset::preset(&command),
-        Command::Doctor => commands::doctor::doctor(),
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
+    let command = Cli::parse().command;
+    std::panic::set_hook(Box::new(|panic| eprintln!("error: {}", exit::panic_line(panic))));
+    match std::panic::catch_unwind(|| run(&command)) {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(failure)) => {
             eprintln!("{failure}");
             failure.code()
         }
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+fn run(command: &Command) -> exit::Outcome {
+    match command {
+        Command::Train(args) => commands::train::train(args),
+        Command::TrainCifar10(args) => commands::train::train_cifar10(args),
+        Command::Sample(args) => commands::sample::sample(args),
+        Command::Demo(args) => demo::demo(args),
+        Command::Data(command) => commands::data::data(command),
+        Command::Model(command) => commands::model::model(command),
+        Command::Preset(command) => commands::preset::preset(command),
+        Command::Doctor => commands::doctor::doctor(),
     }
 }

@@ -1,7 +1,7 @@
 //! Run folders: what `cm train` writes and what `cm sample` finds there.
 //!
 //! ```text
-//! runs/digits-ct/
+//! out/runs/digits-ct/
 //!   config.toml                       the experiment with every value resolved
 //!   progress.csv, stats.jsonl         the log
 //!   samples/step-00000200-raw.png …   grids of the raw and the averaged weights

@@ -63,7 +63,7 @@ pub trait Denoiser {
 }
 
 /// A consistency function: `f(x, σ)` jumps along the probability-flow ODE from noise level σ to σ_min, and
-/// `f(x, σ_min) = x` (Song et al. 2023, Definition 1).
+/// `f(x, σ_min) = x` (Song et al. 2023, Sec. 3).
 pub trait ConsistencyFn {
     /// Shape of its images.
     fn shape(&self) -> ImageShape;

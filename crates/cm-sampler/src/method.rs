@@ -5,16 +5,13 @@ use tch::{Device, Tensor};
 
 use crate::{Error, Result};
 
-/// Exponent ρ of the grid on which the released consistency models count their positions.
-const RHO: f64 = 7.0;
-
 /// The noise levels at which multistep sampling evaluates the consistency function.
 ///
 /// The first level is where sampling starts, from noise of that standard deviation; it should be σ_max, since
 /// noisy data at a lower level is not plain noise.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Times {
-    /// Positions on the Karras grid (ρ = 7) of `steps` levels, counted downwards from 0 = σ_max, as the released
+    /// Positions on the Karras grid of `steps` levels, counted downwards from 0 = σ_max, as the released
     /// consistency models are run (`0,22,39` of 40). The **last** position is not evaluated: it names the level
     /// that the result is brought back to, and at `steps − 1`, which is σ_min, no noise is added.
     Indices {
@@ -22,6 +19,8 @@ pub enum Times {
         ts: Vec<usize>,
         /// Number of levels of the grid.
         steps: usize,
+        /// The grid's exponent ρ; 7 for the released models.
+        rho: f64,
     },
     /// Noise levels, falling; every one of them is evaluated (Song et al. 2023, Algorithm 1).
     Sigmas(Vec<f64>),
@@ -31,11 +30,11 @@ impl Times {
     /// The steps of these times for a model that is defined on `range`.
     ///
     /// # Errors
-    /// [`Error::Schedule`] for an empty list, for levels that do not fall and for positions off the grid.
+    /// [`Error::Schedule`] for an empty list, for levels that do not fall and for positions off the grid, and unless ρ is positive.
     ///
     /// ```
     /// use cm_sampler::{Times, schedule::SigmaRange};
-    /// let plan = Times::Indices { ts: vec![0, 22, 39], steps: 40 }.plan(SigmaRange::EDM)?;
+    /// let plan = Times::Indices { ts: vec![0, 22, 39], steps: 40, rho: 7.0 }.plan(SigmaRange::EDM)?;
     /// let sigmas = plan.evaluation_sigmas();
     /// assert_eq!((sigmas.len(), sigmas[0]), (2, 80.0));
     /// assert!((sigmas[1] - 1.382).abs() < 1e-3, "position 22 of 40");
@@ -44,8 +43,8 @@ impl Times {
     /// ```
     pub fn plan(&self, range: SigmaRange) -> Result<Plan> {
         Ok(match self {
-            Times::Indices { ts, steps } => {
-                Plan::multistep_indices(&KarrasGrid::new(range, RHO)?, *steps, ts)?
+            Times::Indices { ts, steps, rho } => {
+                Plan::multistep_indices(&KarrasGrid::new(range, *rho)?, *steps, ts)?
             }
             Times::Sigmas(sigmas) => Plan::multistep(sigmas, range.min(), Renoise::ToLevel)?,
         })

@@ -83,7 +83,7 @@ fn one_step_is_exact() {
 fn clipping_bounds_estimates_and_result() {
     let seeds = seeds(8);
     // Position 20 of 40 is left as the level of the result, so that noise is added behind the last estimate.
-    let times = Times::Indices { ts: vec![0, 20], steps: 40 };
+    let times = Times::Indices { ts: vec![0, 20], steps: 40, rho: 7.0 };
     let method = Method::multistep(&ORACLE, &times).unwrap();
     let mut largest_estimate = 0.0f64;
     let mut look =
@@ -101,7 +101,7 @@ fn multistep_keeps_the_variance_of_the_data() {
     let seeds = seeds(200);
     for times in [
         Times::Sigmas(vec![80.0, 24.4, 5.84, 0.9, 0.661]),
-        Times::Indices { ts: vec![0, 5, 22, 30, 39], steps: 40 },
+        Times::Indices { ts: vec![0, 5, 22, 30, 39], steps: 40, rho: 7.0 },
     ] {
         let images = multistep(&ORACLE, &times, &free(&seeds)).unwrap().to_kind(Kind::Double);
         let (n, mean_square) = (images.numel() as f64, images.square().mean(None).double_value(&[]));
@@ -147,8 +147,8 @@ fn no_draw_is_wasted_or_missed() {
     let methods = [
         (Method::one_step(&ORACLE).unwrap(), 1),
         (Method::multistep(&ORACLE, &Times::Sigmas(vec![80.0, 2.0, 0.5])).unwrap(), 3),
-        (Method::multistep(&ORACLE, &Times::Indices { ts: vec![0, 22, 39], steps: 40 }).unwrap(), 2),
-        (Method::multistep(&ORACLE, &Times::Indices { ts: vec![0, 22, 30], steps: 40 }).unwrap(), 3),
+        (Method::multistep(&ORACLE, &Times::Indices { ts: vec![0, 22, 39], steps: 40, rho: 7.0 }).unwrap(), 2),
+        (Method::multistep(&ORACLE, &Times::Indices { ts: vec![0, 22, 30], steps: 40, rho: 7.0 }).unwrap(), 3),
         (Method::solver(&ORACLE, heun, &levels).unwrap(), 1),
         (Method::solver(&ORACLE, churned, &levels).unwrap(), 1 + inside),
     ];
@@ -256,7 +256,7 @@ fn wrong_requests_are_typed_errors() {
 
 #[test]
 fn wrong_times_are_typed_errors() {
-    let indices = |ts: &[usize], steps: usize| Times::Indices { ts: ts.to_vec(), steps };
+    let indices = |ts: &[usize], steps: usize| Times::Indices { ts: ts.to_vec(), steps, rho: 7.0 };
     let cases = [
         Times::Sigmas(vec![]),
         Times::Sigmas(vec![80.0, 80.0]),

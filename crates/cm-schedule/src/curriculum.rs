@@ -92,12 +92,20 @@ impl NumScales {
         match *self {
             NumScales::Fixed { num_scales } => {
                 let advice = "a consistency loss compares two neighbouring levels";
-                ensure(num_scales >= 2, "num_scales", num_scales as f64, "2 or more", advice)
+                let expected = format!("2 to {MOST_SCALES}");
+                ensure(
+                    (2..=MOST_SCALES).contains(&num_scales),
+                    "num_scales",
+                    num_scales as f64,
+                    expected,
+                    advice,
+                )
             }
             NumScales::Progressive { s0, s1 } | NumScales::Doubling { s0, s1 } => {
                 ensure(s0 >= 1, "s0", s0 as f64, "1 or more", "the paper starts CT at 2 and iCT at 10")?;
                 let advice = "the number of levels grows from s0 to s1";
-                ensure(s1 >= s0, "s1", s1 as f64, format!("s0 = {s0} or more"), advice)
+                let expected = format!("s0 = {s0} to {MOST_SCALES}");
+                ensure((s0..=MOST_SCALES).contains(&s1), "s1", s1 as f64, expected, advice)
             }
             NumScales::ProgDist { start, steps_per_stage } => {
                 let advice = "each stage halves the number of steps";
@@ -108,6 +116,9 @@ impl NumScales {
         }
     }
 }
+
+/// A grid is made anew for each step, so that a slip of the pen must not ask for terabytes of it.
+const MOST_SCALES: usize = 1_000_000;
 
 fn prog_dist(start: usize, steps_per_stage: u64, step: u64) -> usize {
     let halved = start.checked_shr((step / steps_per_stage).min(63) as u32).unwrap_or(0);

@@ -45,6 +45,9 @@ pub struct TrainSpec {
     pub replace_non_finite: Option<f64>,
 }
 
+/// Images of one step on one machine: more is a slip of the pen.
+const MOST_IMAGES: usize = 1 << 20;
+
 impl TrainSpec {
     /// The recipe alone.
     pub fn recipe(&self) -> Recipe {
@@ -68,6 +71,15 @@ impl TrainSpec {
         count("train.total_steps", self.total_steps)?;
         count("train.batch", self.batch as u64)?;
         count("train.micro_batch", self.micro_batch() as u64)?;
+        if self.batch > MOST_IMAGES {
+            let most = format!("at most {MOST_IMAGES}");
+            return Err(Error::setting(
+                "train.batch",
+                self.batch,
+                most,
+                "the published runs use 128 to 4096",
+            ));
+        }
         if self.total_steps > u64::from(u32::MAX) {
             let most = format!("at most {}", u32::MAX);
             let advice = "random numbers are counted in 32 bits of steps";

@@ -285,10 +285,13 @@ impl<M: Trainable> Trainer<M> {
     /// The norm of the gradient, or which number is not finite.
     fn check_finite(&self, loss: f64) -> Result<f64> {
         let not_finite = |what| Err(Error::NonFinite { step: self.step + 1, what });
-        if !loss.is_finite() {
-            return not_finite(format!("the loss ({loss})"));
-        }
         let params = named(&self.weights);
+        if !loss.is_finite() {
+            return not_finite(match self.first_non_finite(&params)? {
+                Some(tensor) => format!("the loss ({loss}; {tensor} is not finite)"),
+                None => format!("the loss ({loss})"),
+            });
+        }
         let norm = optim::grad_norm(&params)?;
         if norm.is_finite() || self.spec.replace_non_finite.is_some() {
             return Ok(norm);
@@ -300,6 +303,14 @@ impl<M: Trainable> Trainer<M> {
     }
 
     /// Gradients of a step that was not taken must not be added to those of the next.
+    /// The first weight, else the first gradient, that is not finite.
+    fn first_non_finite(&self, params: &[(&str, &Tensor)]) -> Result<Option<String>> {
+        if let Some(name) = optim::first_non_finite(params)? {
+            return Ok(Some(format!("weight '{name}'")));
+        }
+        Ok(optim::first_non_finite_grad(params)?.map(|name| format!("the gradient of '{name}'")))
+    }
+
     fn drop_gradients(&self) {
         for (_, weight) in &self.weights {
             let mut grad = weight.grad();

@@ -4,8 +4,8 @@ use anyhow::{Context, Result, bail};
 use cm_data::{Shape, batch, grid, npz};
 use cm_net::ModelFile;
 use cm_sampler::{Hooks, Method, Request, Times, sample_batches};
-use cm_torch::device;
 
+use super::session;
 use crate::args::{SampleArgs, SamplerKind};
 use crate::exit::{OrUsage, Outcome};
 use crate::pictures;
@@ -18,11 +18,11 @@ const GRID_MOST: usize = 400;
 /// Runs `cm sample`.
 pub fn sample(args: &SampleArgs) -> Outcome {
     let path = runs::find_model(&args.model, args.ema.as_deref()).or_usage()?;
-    let device = device::resolve(&args.device).or_usage()?;
+    let device = session::device(&args.device).or_usage()?;
     let file = ModelFile::read(&path).or_usage()?;
     let model = file.model(device, cm_model::Compute::default()).or_usage()?;
     let model = model.into_consistency().with_context(|| path.display().to_string()).or_usage()?;
-    let classes = model.num_classes();
+    let (classes, rho) = (model.num_classes(), file.spec.precond.rho);
     let labels = labels(args, classes).or_usage()?;
     let method = match args.sampler {
         SamplerKind::Onestep => {
@@ -30,7 +30,7 @@ pub fn sample(args: &SampleArgs) -> Outcome {
             Method::one_step(&*model).or_usage()?
         }
         SamplerKind::Multistep => {
-            let times = times(args).or_usage()?;
+            let times = times(args, rho).or_usage()?;
             Method::multistep(&*model, &times).or_usage()?
         }
     };
@@ -61,13 +61,13 @@ fn labels(args: &SampleArgs, classes: i64) -> Result<Option<Vec<i64>>> {
     }
 }
 
-fn times(args: &SampleArgs) -> Result<Times> {
+fn times(args: &SampleArgs, rho: f64) -> Result<Times> {
     match (&args.sigmas, &args.ts) {
         (Some(sigmas), _) => Ok(Times::Sigmas(sigmas.clone())),
         (None, Some(ts)) => {
             let last = ts.last().copied().unwrap_or(0);
             let steps = args.steps.unwrap_or_else(|| last.saturating_add(1));
-            Ok(Times::Indices { ts: ts.clone(), steps })
+            Ok(Times::Indices { ts: ts.clone(), steps, rho })
         }
         (None, None) => bail!("--sampler multistep needs --sigmas 80,0.8 or --ts 0,22,39"),
     }

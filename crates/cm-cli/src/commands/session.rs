@@ -11,6 +11,7 @@ use cm_model::{Backbone, Preconditioned};
 use cm_net::ModelSpec;
 use cm_sampler::{Request, one_step};
 use cm_schedule::Boundary;
+use cm_torch::device::DeviceSpec;
 use cm_train::{BoxError, Ending, Observer, Session, StepReport, Trainer, Weights};
 use tch::{Device, Tensor};
 
@@ -21,6 +22,15 @@ use crate::ui::Bar;
 
 /// The models that `cm` trains.
 pub type Net = Preconditioned<Box<dyn Backbone>, Boundary>;
+
+/// The device that was asked for; says what `auto` chose and why.
+pub fn device(spec: &DeviceSpec) -> Result<Device> {
+    let resolved = cm_torch::device::resolve_with_note(spec)?;
+    if let Some(note) = &resolved.note {
+        eprintln!("device: {:?} ({note})", resolved.device);
+    }
+    Ok(resolved.device)
+}
 
 /// Builds the experiment's network with fresh weights.
 pub fn build_net(experiment: &Experiment, device: Device) -> Result<Net> {

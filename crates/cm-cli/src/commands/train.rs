@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use cm_torch::device;
 use cm_train::{Checkpoints, Ending};
 use tch::Device;
 
@@ -39,7 +38,7 @@ fn read(config: Option<&str>, args: &RunArgs) -> Result<(Experiment, PathBuf)> {
     let named = config.map(|config| Experiment::read(&Source::find(config)?, &args.sets)).transpose()?;
     let folder = match (&args.out, &named) {
         (Some(out), _) => out.clone(),
-        (None, Some(experiment)) => Path::new("runs").join(&experiment.name),
+        (None, Some(experiment)) => Path::new("out/runs").join(&experiment.name),
         (None, None) => bail!("--config is missing: a TOML file or a preset, such as --config digits-ct"),
     };
     let own = folder.join(CONFIG_FILE);
@@ -62,12 +61,9 @@ fn metric_error(experiment: &Experiment) -> Option<cm_train::Error> {
 }
 
 fn start(experiment: &Experiment, folder: &Path, args: &RunArgs) -> Outcome {
-    let resolved = device::resolve_with_note(&args.device).or_usage()?;
-    if let Some(note) = &resolved.note {
-        eprintln!("device: {:?} ({note})", resolved.device);
-    }
+    let device = session::device(&args.device).or_usage()?;
     if args.dry_run {
-        return dry_run::dry_run(experiment, resolved.device);
+        return dry_run::dry_run(experiment, device);
     }
     // Whatever the user has to mend is found before a network is built.
     let opened = experiment.data.open().or_usage()?;
@@ -76,8 +72,8 @@ fn start(experiment: &Experiment, folder: &Path, args: &RunArgs) -> Outcome {
         return Err(Failure::Usage(error.into()));
     }
     check_folder(folder, args.resume).or_usage()?;
-    experiment.compute(resolved.device).or_usage()?;
-    run(experiment, opened, folder, resolved.device, args.resume)
+    experiment.compute(device).or_usage()?;
+    run(experiment, opened, folder, device, args.resume)
 }
 
 /// A new run needs a folder without checkpoints.

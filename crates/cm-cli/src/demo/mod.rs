@@ -43,7 +43,7 @@ impl Plan {
         match data {
             DemoData::Digits => Self {
                 preset: "digits-ct",
-                seconds: 240.0,
+                seconds: 220.0,
                 second_sigma: 0.5,
                 measured: 1000,
                 grid: (16, 160),
@@ -77,7 +77,7 @@ pub fn demo(args: &DemoArgs) -> Outcome {
     if args.publish {
         publish::check(plan.preset).or_usage()?;
     }
-    let device = device::resolve(&args.device).or_usage()?;
+    let device = session::device(&args.device).or_usage()?;
     let run_folder = args.out.join("run");
     clear(&run_folder).or_usage()?;
     let sets = [format!("train.seed={}", args.seed)];
