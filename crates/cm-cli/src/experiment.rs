@@ -125,6 +125,8 @@ impl Experiment {
                 data.source()
             );
         }
+        // Files are decoded when they are drawn: images of a wrong size are better found before a network is built.
+        data.get(0)?;
         let (classes, known) = (self.network.num_classes(), data.num_classes() as i64);
         if classes > 0 && known == 0 {
             bail!("{}: the images have no labels, and the network has {classes} classes", data.source());

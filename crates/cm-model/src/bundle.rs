@@ -62,7 +62,9 @@ impl Bundle {
             .map_err(|_| problem(format!("not a safetensors file ({total} bytes)")))?;
         let length = u64::from_le_bytes(length);
         if length > total.saturating_sub(8) || length > 100_000_000 {
-            return Err(problem(format!("header claims {length} bytes, the file has {total}")));
+            return Err(problem(format!(
+                "not a whole safetensors file (its head claims {length} bytes, the file has {total})"
+            )));
         }
         let mut head = vec![0u8; length as usize];
         file.read_exact(&mut head).map_err(|e| Error::io(path, "reading", e))?;

@@ -147,8 +147,14 @@ fn no_draw_is_wasted_or_missed() {
     let methods = [
         (Method::one_step(&ORACLE).unwrap(), 1),
         (Method::multistep(&ORACLE, &Times::Sigmas(vec![80.0, 2.0, 0.5])).unwrap(), 3),
-        (Method::multistep(&ORACLE, &Times::Indices { ts: vec![0, 22, 39], steps: 40, rho: 7.0 }).unwrap(), 2),
-        (Method::multistep(&ORACLE, &Times::Indices { ts: vec![0, 22, 30], steps: 40, rho: 7.0 }).unwrap(), 3),
+        (
+            Method::multistep(&ORACLE, &Times::Indices { ts: vec![0, 22, 39], steps: 40, rho: 7.0 }).unwrap(),
+            2,
+        ),
+        (
+            Method::multistep(&ORACLE, &Times::Indices { ts: vec![0, 22, 30], steps: 40, rho: 7.0 }).unwrap(),
+            3,
+        ),
         (Method::solver(&ORACLE, heun, &levels).unwrap(), 1),
         (Method::solver(&ORACLE, churned, &levels).unwrap(), 1 + inside),
     ];

@@ -37,6 +37,9 @@ pub fn sample(args: &SampleArgs) -> Outcome {
     let seeds = &args.seeds.0;
     let request =
         Request { labels: labels.as_deref(), batch: args.batch, clip: !args.no_clip, ..Request::new(seeds) };
+    // A folder that cannot be is found before the work.
+    let out = args.out.display();
+    std::fs::create_dir_all(&args.out).with_context(|| format!("{out}: creating the folder")).or_usage()?;
     eprintln!("model: {} ({} parameters)", path.display(), file.spec.net.num_parameters()?);
     let pixels = draw(&method, &request, args)?;
     write_all(args, &pixels, seeds, labels.as_deref())?;
