@@ -83,8 +83,11 @@ fn data_that_is_missing_names_file_place_and_demo() {
 fn a_machine_without_network_is_told_which_file_goes_where() {
     let sandbox = Sandbox::new();
     // A proxy that nobody is behind stands for a line that is down.
-    let command = sandbox.cm("train-cifar10 --device cpu --out run").set(&["train.metric=l2"]);
-    let command = command.env("https_proxy", "http://127.0.0.1:9").env("HTTPS_PROXY", "http://127.0.0.1:9");
+    let mut command = sandbox.cm("train-cifar10 --device cpu --out run").set(&["train.metric=l2"]);
+    for name in ["ALL_PROXY", "HTTPS_PROXY", "https_proxy"] {
+        command = command.env(name, "http://127.0.0.1:9");
+    }
+    let command = command.env("NO_PROXY", "").env("no_proxy", "");
     let words = ["cannot download https://", "cifar-10-binary.tar.gz into data/cifar10", "cargo xtask demo"];
     refused(&sandbox, command, &words);
 }
