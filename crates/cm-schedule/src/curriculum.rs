@@ -411,12 +411,12 @@ mod tests {
         assert_eq!(serde_json::to_string(&ect).unwrap(), text);
         check_refused::<NumScales>(
             r#"{"kind":"progressive","s0":2,"s1":1}"#,
-            "s1 = 1: expected s0 = 2 or more",
+            "s1 = 1: expected s0 = 2 to 1000000",
         );
         check_refused::<NumScales>(r#"{"kind":"progressive","s0":0,"s1":1}"#, "s0 = 0");
         check_refused::<NumScales>(
             r#"{"kind":"fixed","num_scales":1}"#,
-            "num_scales = 1: expected 2 or more",
+            "num_scales = 1: expected 2 to 1000000",
         );
         check_refused::<NumScales>(r#"{"kind":"fixed","num_scales":18,"s0":2}"#, "unknown field `s0`");
         check_refused::<NumScales>(r#"{"kind":"prog_dist","start":6,"steps_per_stage":9}"#, "a power of two");

@@ -288,7 +288,7 @@ impl<M: Trainable> Trainer<M> {
         let params = named(&self.weights);
         if !loss.is_finite() {
             return not_finite(match self.first_non_finite(&params)? {
-                Some(tensor) => format!("the loss ({loss}; {tensor} is not finite)"),
+                Some(tensor) => format!("{tensor} is not finite and the loss ({loss})"),
                 None => format!("the loss ({loss})"),
             });
         }
