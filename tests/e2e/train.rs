@@ -223,7 +223,7 @@ fn a_loss_that_is_not_finite_ends_the_run_and_names_step_and_last_good_checkpoin
     let done = train(&sandbox, "a").set(&["train.lr=1e30", "run.checkpoint_every=1"]).run();
     done.fails(
         3,
-        &["step 2: the loss", "not finite", "last good checkpoint is a/checkpoints/step-00000001;"],
+        &["step 2: ", "the loss (NaN) is not finite", "last good checkpoint is a/checkpoints/step-00000001;"],
     );
     assert_eq!(sandbox.list("a/checkpoints"), ["step-00000001"]);
 }

@@ -302,7 +302,6 @@ impl<M: Trainable> Trainer<M> {
         })
     }
 
-    /// Gradients of a step that was not taken must not be added to those of the next.
     /// The first weight, else the first gradient, that is not finite.
     fn first_non_finite(&self, params: &[(&str, &Tensor)]) -> Result<Option<String>> {
         if let Some(name) = optim::first_non_finite(params)? {
@@ -311,6 +310,7 @@ impl<M: Trainable> Trainer<M> {
         Ok(optim::first_non_finite_grad(params)?.map(|name| format!("the gradient of '{name}'")))
     }
 
+    /// Gradients of a step that was not taken must not be added to those of the next.
     fn drop_gradients(&self) {
         for (_, weight) in &self.weights {
             let mut grad = weight.grad();
