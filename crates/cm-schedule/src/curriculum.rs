@@ -1,5 +1,7 @@
 //! What changes as training goes: the number of levels N(k), the target's EMA rate μ(k), and ECT's mapping t → r.
 
+use std::ops::Range;
+
 use crate::error::{Result, ensure, ensure_positive, validated_serde};
 use serde::{Deserialize, Serialize};
 
@@ -84,6 +86,35 @@ impl NumScales {
         }
     }
 
+    /// The stage of progressive distillation that `step` lies in, as its steps; `None` for rules without stages.
+    ///
+    /// Each stage is a training of its own, at whose start the student becomes the teacher. The last one goes on to
+    /// the run's end, and none goes beyond it.
+    ///
+    /// ```
+    /// use cm_schedule::curriculum::NumScales;
+    /// // 8, 4, 2 and 1 steps of the student.
+    /// let n = NumScales::ProgDist { start: 8, steps_per_stage: 10 };
+    /// assert_eq!([0, 10, 25, 40].map(|k| n.num_scales(k, 60)), [8, 4, 2, 1]);
+    /// assert_eq!([0, 10, 25, 40].map(|k| n.stage(k, 60).unwrap()), [0..10, 10..20, 20..40, 40..60]);
+    /// ```
+    #[must_use]
+    pub fn stage(&self, step: u64, total_steps: u64) -> Option<Range<u64>> {
+        let NumScales::ProgDist { start, steps_per_stage } = *self else { return None };
+        let length = steps_per_stage.max(1);
+        let two = steps_before_two(start, length);
+        let one = two.saturating_add(2 * length);
+        let (first, end) = if step < two {
+            let first = step / length * length;
+            (first, first + length)
+        } else if step < one {
+            (two, one)
+        } else {
+            (one, u64::MAX)
+        };
+        Some(first..end.min(total_steps).max(step + 1))
+    }
+
     /// Checks the numbers.
     ///
     /// # Errors
@@ -111,7 +142,9 @@ impl NumScales {
                 let advice = "each stage halves the number of steps";
                 ensure(start.is_power_of_two(), "start", start as f64, "a power of two", advice)?;
                 let advice = "it is the length of a stage in optimisation steps";
-                ensure(steps_per_stage >= 1, "steps_per_stage", steps_per_stage as f64, "1 or more", advice)
+                // Twice its length, and its sum over the stages, have to be numbers of steps too.
+                let possible = (1..=u64::from(u32::MAX)).contains(&steps_per_stage);
+                ensure(possible, "steps_per_stage", steps_per_stage as f64, "1 to 4294967295", advice)
             }
         }
     }
@@ -125,9 +158,13 @@ fn prog_dist(start: usize, steps_per_stage: u64, step: u64) -> usize {
     if halved > 2 {
         return halved;
     }
-    let before_two = steps_per_stage * u64::from(start.max(2).ilog2() - 1);
-    let last_stages = step.saturating_sub(before_two) / (2 * steps_per_stage);
+    let last_stages = step.saturating_sub(steps_before_two(start, steps_per_stage)) / (2 * steps_per_stage);
     if last_stages == 0 { 2 } else { 1 }
+}
+
+/// Optimisation steps until the student of a progressive distillation has two steps.
+fn steps_before_two(start: usize, steps_per_stage: u64) -> u64 {
+    steps_per_stage.saturating_mul(u64::from(start.max(2).ilog2() - 1))
 }
 
 /// Which N stands under the target's EMA rate: see [`TargetEma::Adaptive`].

@@ -22,6 +22,9 @@ pub enum LrRule {
         /// The step at which the fall begins; above 0.
         reference_steps: f64,
     },
+    /// 1 − step/total: falling to 0 over the run, or over each stage of a progressive distillation
+    /// (arXiv 2202.00512, appendix C), whose steps and length then stand for the run's.
+    Linear {},
     /// A linear ramp over `warmup_steps`, times ½(1 + cos(π·step/total)), which falls to 0 over the run: what short
     /// runs do well with, since their averages of the weights have no time to settle.
     Cosine {
@@ -43,6 +46,7 @@ impl LrRule {
     /// assert_eq!([0, 2000, 8000].map(|step| ect.factor(step, 0, 10_000)), [1.0, 1.0, 0.5]);
     /// let cosine = LrRule::Cosine { warmup_steps: 10.0 };
     /// assert_eq!([0, 50, 100].map(|step| cosine.factor(step, 0, 100)), [0.1, 0.5, 0.0]);
+    /// assert_eq!([0, 50, 100].map(|step| LrRule::Linear {}.factor(step, 0, 100)), [1.0, 0.5, 0.0]);
     /// ```
     #[must_use]
     pub fn factor(&self, step: u64, images_before: u64, total_steps: u64) -> f64 {
@@ -52,6 +56,7 @@ impl LrRule {
             // factor 0 and the others 1.
             LrRule::Warmup { warmup_images } => (images_before as f64 / warmup_images.max(1e-8)).min(1.0),
             LrRule::InverseSqrt { reference_steps } => 1.0 / (step as f64 / reference_steps).max(1.0).sqrt(),
+            LrRule::Linear {} => 1.0 - (step as f64 / total_steps.max(1) as f64).min(1.0),
             LrRule::Cosine { warmup_steps } => {
                 let ramp = ((step as f64 + 1.0) / warmup_steps.max(1.0)).min(1.0);
                 let share = (step as f64 / total_steps as f64).min(1.0);
@@ -66,7 +71,7 @@ impl LrRule {
     /// When a number is outside its range; the message names it.
     pub fn validate(&self) -> Result<()> {
         match *self {
-            LrRule::Constant {} => Ok(()),
+            LrRule::Constant {} | LrRule::Linear {} => Ok(()),
             LrRule::Warmup { warmup_images } => {
                 ensure_positive("warmup_images", warmup_images, "for no warm-up use kind = \"constant\"")
             }
