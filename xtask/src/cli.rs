@@ -74,6 +74,7 @@ All arguments go to `cm-golden`.")]
     #[command(after_help = "Examples:
   cargo xtask demo
   cargo xtask demo --out /tmp/demo
+  cargo xtask demo --recipe cd        by distillation; also ct, ict, ect, pd and all
   cargo xtask demo --data emoji       32×32 colour pictures, up to 30 minutes
 
 All arguments go to `cm demo`; `cargo xtask cm demo --help` lists them.")]
@@ -88,6 +89,24 @@ All arguments go to `cm demo`; `cargo xtask cm demo --help` lists them.")]
 
 All arguments go to `cm train-cifar10`; `cargo xtask cm train-cifar10 --help` lists them.")]
     TrainCifar10(Rest),
+
+    /// Train an EDM diffusion model, the teacher of a distillation
+    #[command(name = "train-teacher")]
+    #[command(after_help = "Examples:
+  cargo xtask train-teacher --dry-run
+  cargo xtask train-teacher --data DIR --out runs/edm
+
+All arguments go to `cm train-teacher`; `cargo xtask cm train-teacher --help` lists them.")]
+    TrainTeacher(Rest),
+
+    /// Distil a diffusion model into a consistency model
+    #[command(after_help = "Examples:
+  cargo xtask distill --teacher edm.safetensors --data DIR --out runs/cd
+  cargo xtask distill --teacher runs/edm --config cifar10-cd --set train.metric=l2
+  cargo xtask distill --config imagenet64-cd --dry-run
+
+All arguments go to `cm distill`; `cargo xtask cm distill --help` lists them.")]
+    Distill(Rest),
 
     /// Build the program cm and call it
     #[command(after_help = "Examples:
@@ -160,10 +179,12 @@ pub fn run(cli: Cli) -> Result<u8> {
         Command::Bench(rest) => {
             runner::cargo_on_workspace(&["bench", "--profile", "release"], bench_arguments(rest.args))
         }
-        Command::Golden(rest) => runner::program("cm-golden", "cm-golden", &[], golden_arguments(rest.args)),
-        Command::Demo(rest) => runner::program("cm-cli", "cm", &["demo"], rest.args),
-        Command::TrainCifar10(rest) => runner::program("cm-cli", "cm", &["train-cifar10"], rest.args),
-        Command::Cm(cm) => runner::program("cm-cli", "cm", &[], cm.args),
+        Command::Golden(rest) => runner::program("cm-golden", &[], golden_arguments(rest.args)),
+        Command::Demo(rest) => runner::program("cm", &["demo"], rest.args),
+        Command::TrainCifar10(rest) => runner::program("cm", &["train-cifar10"], rest.args),
+        Command::TrainTeacher(rest) => runner::program("cm", &["train-teacher"], rest.args),
+        Command::Distill(rest) => runner::program("cm", &["distill"], rest.args),
+        Command::Cm(cm) => runner::program("cm", &[], cm.args),
     }
 }
 

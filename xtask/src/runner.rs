@@ -20,10 +20,13 @@ pub fn cargo_on_workspace(command: &[&str], args: Vec<OsString>) -> Result<u8> {
     become_it(cargo)
 }
 
-/// Sets up, builds `package`, then becomes its program `name`, which sees the caller's folder as its own.
-pub fn program(package: &str, name: &str, command: &[&str], args: Vec<OsString>) -> Result<u8> {
+/// Sets up, builds the program `name`, then becomes it; it sees the caller's folder as its own.
+///
+/// The whole workspace is named, not the package, so that dependencies are built with the features that tests and
+/// benches build them with, and torch-sys not a second time.
+pub fn program(name: &str, command: &[&str], args: Vec<OsString>) -> Result<u8> {
     setup::ensure()?;
-    let status = status_of(&mut cargo(&["build", "--release", "--package", package, "--bin", name]))?;
+    let status = status_of(&mut cargo(&["build", "--release", "--workspace", "--bin", name]))?;
     if !status.success() {
         return Ok(code_of(status));
     }

@@ -28,6 +28,12 @@ pub enum Command {
     /// Train consistency training with the paper's CIFAR-10 settings, fetching the data where needed.
     #[command(name = "train-cifar10", after_help = CIFAR_EXAMPLES)]
     TrainCifar10(CifarArgs),
+    /// Train an EDM diffusion model, the teacher of a distillation.
+    #[command(name = "train-teacher", after_help = TEACHER_EXAMPLES)]
+    TrainTeacher(TeacherArgs),
+    /// Distil a diffusion model into a consistency model, or progressively into one with fewer steps.
+    #[command(after_help = DISTILL_EXAMPLES)]
+    Distill(DistillArgs),
     /// Make images with a trained model.
     #[command(after_help = SAMPLE_EXAMPLES)]
     Sample(SampleArgs),
@@ -52,23 +58,41 @@ Examples:
   cm train --config digits-ct --out runs/digits
   cm train --config digits-ct --out runs/digits --resume
   cm train --config configs/cifar10-ct.toml --data ~/cifar --out runs/c10 --set train.metric=l2
-  cm train --config imagenet64-ct --dry-run";
+  cm train --config imagenet64-ct --dry-run
+  cm train --config cifar10-ect --data ~/cifar --init-from edm.safetensors";
 
 const CIFAR_EXAMPLES: &str = "\
 Examples:
   cm train-cifar10 --dry-run
   cm train-cifar10 --data ~/cifar-10-binary.tar.gz --set train.metric=l2 --out runs/c10";
 
+const TEACHER_EXAMPLES: &str = "\
+Examples:
+  cm train-teacher --dry-run
+  cm train-teacher --data ~/cifar-10-binary.tar.gz --out runs/edm
+  cm train-teacher --config imagenet64-edm --data ~/imagenet64.zip";
+
+const DISTILL_EXAMPLES: &str = "\
+Examples:
+  cm distill --teacher runs/edm --data ~/cifar-10-binary.tar.gz
+  cm distill --teacher edm.safetensors --config cifar10-cd --set train.metric=l2
+  cm distill --teacher edm.safetensors --config cifar10-pd
+  cm distill --teacher edm.safetensors --config cifar10-ect      (starts from the teacher's weights)
+  cm distill --config imagenet64-cd --dry-run";
+
 const SAMPLE_EXAMPLES: &str = "\
 Examples:
   cm sample runs/digits --seeds 0-63
   cm sample runs/digits --sampler multistep --sigmas 80,0.8 --seeds 0-15 --out out/two-step
-  cm sample model.safetensors --sampler multistep --ts 0,22,39 --class 3";
+  cm sample model.safetensors --sampler multistep --ts 0,22,39 --class 3
+  cm sample runs/edm --sampler heun --steps 18";
 
 const DEMO_EXAMPLES: &str = "\
 Examples:
   cm demo
   cm demo --seconds 60 --out out/quick
+  cm demo --recipe cd
+  cm demo --recipe all --out out/recipes
   cm demo --data emoji";
 
 /// Options of `cm train`.
@@ -79,6 +103,37 @@ pub struct TrainArgs {
     pub config: Option<String>,
     /// Folder or file of the training data; overrides what the experiment says.
     #[arg(long, value_name = "PATH")]
+    pub data: Option<PathBuf>,
+    /// Options that every training shares.
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+/// Options of `cm train-teacher`.
+#[derive(Debug, Args)]
+pub struct TeacherArgs {
+    /// Experiment: a TOML file, or the name of a preset.
+    #[arg(long, value_name = "FILE|PRESET", default_value = "cifar10-edm")]
+    pub config: String,
+    /// Folder or file of the training data; CIFAR-10 is downloaded where it is not there.
+    #[arg(long, value_name = "PATH", value_parser = any_path())]
+    pub data: Option<PathBuf>,
+    /// Options that every training shares.
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+/// Options of `cm distill`.
+#[derive(Debug, Args)]
+pub struct DistillArgs {
+    /// The diffusion model: a model file, or the folder of a run or checkpoint.
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["dry_run", "resume"])]
+    pub teacher: Option<PathBuf>,
+    /// Experiment: a TOML file, or the name of a preset [default: the preset that distils such a network].
+    #[arg(long, value_name = "FILE|PRESET")]
+    pub config: Option<String>,
+    /// Folder or file of the training data; CIFAR-10 is downloaded where it is not there.
+    #[arg(long, value_name = "PATH", value_parser = any_path())]
     pub data: Option<PathBuf>,
     /// Options that every training shares.
     #[command(flatten)]
@@ -120,6 +175,9 @@ pub struct RunArgs {
     /// Build the network, run one step at micro-batch 1 on made-up pixels, print parameters, memory and config.
     #[arg(long)]
     pub dry_run: bool,
+    /// Begin with the weights of this model: a model file, or the folder of a run or checkpoint.
+    #[arg(long, value_name = "MODEL", conflicts_with = "resume")]
+    pub init_from: Option<PathBuf>,
     /// Change a value of the experiment; may be given several times.
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     pub sets: Vec<String>,
@@ -130,16 +188,18 @@ pub struct RunArgs {
 pub struct SampleArgs {
     /// A model file, a checkpoint folder or a run folder.
     pub model: PathBuf,
-    /// How to sample.
-    #[arg(long, value_enum, default_value_t = SamplerKind::Onestep)]
-    pub sampler: SamplerKind,
+    /// How to sample [default: onestep for a consistency model; for a denoiser heun, or progdist if it was
+    /// progressively distilled].
+    #[arg(long, value_enum)]
+    pub sampler: Option<SamplerKind>,
     /// Time points of multistep sampling as indices into the Karras grid, 0 = σ_max; the last one only sets the
     /// final noise and is not evaluated.
     #[arg(long, value_delimiter = ',', conflicts_with = "sigmas")]
     pub ts: Option<Vec<usize>>,
-    /// Number of points of the grid that --ts counts in [default: one more than its last index, which then is σ_min,
-    /// as in all published time points].
-    #[arg(long, requires = "ts")]
+    /// For heun and euler: number of noise levels [default: 18]. For progdist: number of steps [default: what the
+    /// model was distilled to]. For multistep: number of points of the grid that --ts counts in [default: one more
+    /// than its last index, which then is σ_min, as in all published time points].
+    #[arg(long, value_parser = RangedU64ValueParser::<usize>::new().range(1..=1_000_000))]
     pub steps: Option<usize>,
     /// Time points of multistep sampling as noise levels, falling; each one is evaluated.
     #[arg(long, value_delimiter = ',')]
@@ -177,6 +237,12 @@ pub enum SamplerKind {
     Onestep,
     /// Algorithm 1 of Song et al. 2023: jump, add noise, jump.
     Multistep,
+    /// Heun's method for a denoiser: Algorithm 1 of Karras et al. 2022.
+    Heun,
+    /// Euler's method for a denoiser.
+    Euler,
+    /// The steps of a progressively distilled denoiser.
+    Progdist,
 }
 
 /// Data sets of the demo.
@@ -188,17 +254,51 @@ pub enum DemoData {
     Emoji,
 }
 
+/// Recipes of the demo.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DemoRecipe {
+    /// Consistency training with easy consistency tuning's noise levels (Geng et al. 2024).
+    Ect,
+    /// Improved consistency training (Song and Dhariwal 2023).
+    Ict,
+    /// Consistency training (Song et al. 2023, Algorithm 3).
+    Ct,
+    /// Consistency distillation (Song et al. 2023, Algorithm 2) of a small diffusion model that is trained first.
+    Cd,
+    /// Progressive distillation (Salimans and Ho 2022) of a small diffusion model that is trained first.
+    Pd,
+    /// All of these, one after the other, and their samples side by side.
+    All,
+}
+
+impl DemoRecipe {
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            DemoRecipe::Ect => "ect",
+            DemoRecipe::Ict => "ict",
+            DemoRecipe::Ct => "ct",
+            DemoRecipe::Cd => "cd",
+            DemoRecipe::Pd => "pd",
+            DemoRecipe::All => "all",
+        }
+    }
+}
+
 /// Options of `cm demo`.
 #[derive(Debug, Args)]
 pub struct DemoArgs {
     /// The bundled data set.
     #[arg(long, value_enum, default_value_t = DemoData::Digits)]
     pub data: DemoData,
+    /// How the model is trained.
+    #[arg(long, value_enum, default_value_t = DemoRecipe::Ect)]
+    pub recipe: DemoRecipe,
     /// Folder for pictures, checkpoint and summary.
     #[arg(long, value_name = "DIR", default_value = "out/demo")]
     pub out: PathBuf,
-    /// Time for the whole demo in seconds; the training schedule is fitted to it [default: 220 for digits, 1500
-    /// for emoji].
+    /// Time for the whole demo in seconds, without its teacher; the training schedule is fitted to it [default: 220
+    /// for digits, 1500 for emoji]. A teacher gets as much again.
     #[arg(long)]
     pub seconds: Option<f64>,
     /// Seed of the run.
@@ -211,6 +311,9 @@ pub struct DemoArgs {
     /// set in docs/results.md, and docs/pictures/. Nothing else ever writes there.
     #[arg(long)]
     pub publish: bool,
+    /// Publish what a finished demo left in --out, without another demo.
+    #[arg(long, conflicts_with_all = ["publish", "seconds", "check"])]
+    pub publish_only: bool,
     /// Where to compute: auto, cpu, cuda or cuda:N.
     #[arg(long, default_value = "auto")]
     pub device: DeviceSpec,

@@ -8,8 +8,13 @@ use toml::{Table, Value};
 
 /// The experiments that are built into the command, so that `--config digits-ct` works from any folder.
 pub const PRESETS: &[(&str, &str)] = &[
+    ("digits-edm", include_str!("../../../configs/digits-edm.toml")),
+    ("digits-cd", include_str!("../../../configs/digits-cd.toml")),
     ("digits-ct", include_str!("../../../configs/digits-ct.toml")),
-    ("emoji-ct", include_str!("../../../configs/emoji-ct.toml")),
+    ("digits-ict", include_str!("../../../configs/digits-ict.toml")),
+    ("digits-ect", include_str!("../../../configs/digits-ect.toml")),
+    ("digits-pd", include_str!("../../../configs/digits-pd.toml")),
+    ("emoji-ect", include_str!("../../../configs/emoji-ect.toml")),
     ("cifar10-ct", include_str!("../../../configs/cifar10-ct.toml")),
     ("cifar10-ct-released", include_str!("../../../configs/cifar10-ct-released.toml")),
     ("imagenet64-ct", include_str!("../../../configs/imagenet64-ct.toml")),

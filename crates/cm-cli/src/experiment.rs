@@ -6,11 +6,12 @@ use anyhow::{Context, Result, bail};
 use cm_data::SourceSpec;
 use cm_model::Compute;
 use cm_net::{ModelSpec, NetSpec, PrecondSpec, Role};
-use cm_train::{Levels, RunSpec, TrainSpec};
+use cm_train::{Levels, Method, RunSpec, TrainSpec};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
 use crate::config::Source;
+use crate::sources::ModelSource;
 
 /// An experiment file, read and typed. Unknown keys are refused at every level.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -30,6 +31,12 @@ pub struct Experiment {
     pub compute: ComputeSpec,
     /// How often what is written.
     pub run: RunSpec,
+    /// The diffusion model that is distilled; named by `--teacher`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub teacher: Option<ModelSource>,
+    /// The weights that training begins with; named by `--init-from`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub init: Option<ModelSource>,
 }
 
 /// The section `[compute]`.
@@ -95,7 +102,22 @@ impl Experiment {
 
     /// What the model files of this experiment say about themselves.
     pub fn model_spec(&self) -> ModelSpec {
-        ModelSpec::new(Role::Consistency, self.network.clone(), self.precond)
+        let role = match self.train.recipe().method().trains_denoiser() {
+            true => Role::Denoiser,
+            false => Role::Consistency,
+        };
+        ModelSpec::new(role, self.network.clone(), self.precond)
+    }
+
+    /// The steps of a progressively distilled student after `steps_done` steps of training.
+    pub fn student_steps(&self, steps_done: u64) -> Option<usize> {
+        let recipe = self.train.recipe();
+        // The state between two stages still is that of the one before.
+        let last = steps_done.saturating_sub(1);
+        match recipe.method() {
+            Method::Progressive { .. } => recipe.schedule(last, self.train.total_steps).num_scales,
+            _ => None,
+        }
     }
 
     /// The noise levels that recipes draw from.

@@ -9,8 +9,10 @@ mod config;
 mod demo;
 mod exit;
 mod experiment;
+mod net;
 mod pictures;
 mod runs;
+mod sources;
 mod ui;
 
 use std::process::ExitCode;
@@ -35,6 +37,8 @@ fn run(command: &Command) -> exit::Outcome {
     match command {
         Command::Train(args) => commands::train::train(args),
         Command::TrainCifar10(args) => commands::train::train_cifar10(args),
+        Command::TrainTeacher(args) => commands::train::train_teacher(args),
+        Command::Distill(args) => commands::distill::distill(args),
         Command::Sample(args) => commands::sample::sample(args),
         Command::Demo(args) => demo::demo(args),
         Command::Data(command) => commands::data::data(command),

@@ -91,6 +91,12 @@ impl Cond {
         Ok(Self { labels: Some(Tensor::from_slice(labels).to_device(device)), augment: None })
     }
 
+    /// The same classes, and images that are not augmented: what a teacher is told, which is used as in sampling.
+    #[must_use]
+    pub fn without_augment(&self) -> Self {
+        Self { labels: self.labels.as_ref().map(Tensor::shallow_clone), augment: None }
+    }
+
     /// The rows `start..start + length` of the condition.
     pub fn narrow(&self, start: i64, length: i64) -> Self {
         let rows = |t: &Tensor| t.narrow(0, start, length);

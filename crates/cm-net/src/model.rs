@@ -177,6 +177,12 @@ impl ModelFile {
         Ok(Self { path: path.into(), spec: ModelSpec::from_metadata(path, &metadata)?, tensors })
     }
 
+    /// Where it was read.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The raw network, with gradients off (switch them on to train it further).
     ///
     /// Weights that are stored in half precision or bfloat16 become float32.
@@ -242,15 +248,10 @@ impl Model {
     ///
     /// # Errors
     /// [`Error::WrongRole`] if it is a consistency function.
-    pub fn into_denoiser(self) -> Result<Box<dyn Denoiser>> {
+    pub fn denoiser(&self) -> Result<&dyn Denoiser> {
         match self {
-            Model::Denoiser(model) => Ok(model),
-            Model::Consistency(_) => Err(Error::WrongRole {
-                what: "the model".into(),
-                got: Role::Consistency,
-                wanted: Role::Denoiser,
-                advice: "sample it in one step or in several (multistep), not with an ODE solver",
-            }),
+            Model::Denoiser(model) => Ok(&**model),
+            Model::Consistency(_) => Err(self.is_no(Role::Denoiser)),
         }
     }
 
@@ -258,16 +259,43 @@ impl Model {
     ///
     /// # Errors
     /// [`Error::WrongRole`] if it is a denoiser.
+    pub fn consistency(&self) -> Result<&dyn ConsistencyFn> {
+        match self {
+            Model::Consistency(model) => Ok(&**model),
+            Model::Denoiser(_) => Err(self.is_no(Role::Consistency)),
+        }
+    }
+
+    /// [`Model::denoiser`], to be kept.
+    ///
+    /// # Errors
+    /// [`Error::WrongRole`] if it is a consistency function.
+    pub fn into_denoiser(self) -> Result<Box<dyn Denoiser>> {
+        match self {
+            Model::Denoiser(model) => Ok(model),
+            Model::Consistency(_) => Err(self.is_no(Role::Denoiser)),
+        }
+    }
+
+    /// [`Model::consistency`], to be kept.
+    ///
+    /// # Errors
+    /// [`Error::WrongRole`] if it is a denoiser.
     pub fn into_consistency(self) -> Result<Box<dyn ConsistencyFn>> {
         match self {
             Model::Consistency(model) => Ok(model),
-            Model::Denoiser(_) => Err(Error::WrongRole {
-                what: "the model".into(),
-                got: Role::Denoiser,
-                wanted: Role::Consistency,
-                advice: "sample it with an ODE solver such as Heun's, or distil it into a consistency model",
-            }),
+            Model::Denoiser(_) => Err(self.is_no(Role::Consistency)),
         }
+    }
+
+    fn is_no(&self, wanted: Role) -> Error {
+        let advice = match wanted {
+            Role::Denoiser => "sample it in one step or in several (multistep), not with an ODE solver",
+            Role::Consistency => {
+                "sample it with an ODE solver such as Heun's, or distil it into a consistency model"
+            }
+        };
+        Error::WrongRole { what: "the model".into(), got: self.role(), wanted, advice }
     }
 }
 

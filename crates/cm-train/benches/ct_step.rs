@@ -23,7 +23,7 @@ use cm_schedule::{
     Boundary, EmaRule, IndexDist, LrRule, NoiseCond, NumScales, Reading, SigmaRange, TargetEma, Weighting,
 };
 use cm_torch::optim::OptimKind;
-use cm_train::{Batch, Levels, Metric, PairRule, TargetRule, TrainSpec, Trainer};
+use cm_train::{Batch, Levels, Metric, Networks, PairRule, TargetRule, TrainSpec, Trainer};
 use criterion::{BenchmarkId, Criterion, SamplingMode, criterion_group, criterion_main};
 use tch::{Device, Kind, Tensor};
 
@@ -72,6 +72,7 @@ fn train_spec(batch: usize) -> TrainSpec {
             index: IndexDist::Uniform {},
         },
         target: TargetRule::Ema { rule: TargetEma::Adaptive { mu0: 0.9, s0: 2, reading: Reading::Paper } },
+        teacher: None,
         metric: Metric::L2,
         weighting: Weighting::Uniform,
         optimizer: OptimKind::radam(),
@@ -102,8 +103,12 @@ fn step(criterion: &mut Criterion) {
         group.bench_function(BenchmarkId::from_parameter(name), |bencher| {
             let levels = Levels { range: SigmaRange::EDM, sigma_data: 0.5 };
             let target = Some(model(&spec, compute));
-            let mut trainer = Trainer::new(model(&spec, compute), target, &train_spec(batch), levels)
-                .expect("the bench's settings are valid");
+            let mut trainer = Trainer::new(
+                Networks { student: model(&spec, compute), target, teacher: None },
+                &train_spec(batch),
+                levels,
+            )
+            .expect("the bench's settings are valid");
             let shape = spec.image_shape().batch(batch as i64);
             let images = Tensor::rand(shape, (Kind::Float, Device::Cpu)) * 2.0 - 1.0;
             let batch = Batch { images, cond: Cond::none() };

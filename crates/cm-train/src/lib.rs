@@ -5,13 +5,14 @@
 //! | what does a loss need of a network? | [`Trainable`] |
 //! | how far apart are two images? | [`Metric`], [`Distance`] |
 //! | which noise levels, which target, which weight? | [`Recipe`] |
-//! | what is minimised? | [`consistency_loss`] |
+//! | what is minimised? | [`denoising_loss`], [`consistency_loss`], [`distillation_loss`], [`progressive_loss`] |
 //! | what happens in one step? | [`Trainer::step`] |
 //! | what happens in a run? | [`run`](fn@run), [`Observer`] |
 //! | what is on the disk? | [`Checkpoints`], [`progress.csv`](PROGRESS_FILE), [`stats.jsonl`](STATS_FILE) |
 //! | how much memory does it take? | [`MemoryModel`] |
 //!
-//! A recipe is data: consistency training, iCT and ECT are values of [`Recipe`], not loops of their own. The crate
+//! A recipe is data: diffusion, consistency distillation and training, iCT, ECT and progressive distillation are
+//! values of [`Recipe`], each with the loss that it names, not loops of their own. The crate
 //! meets networks through [`Trainable`] and data through [`BatchSource`], knows no architecture, prints nothing and
 //! saves no random state: what is drawn in step k is a function of the seed and k.
 #![deny(missing_docs)]
@@ -39,12 +40,16 @@ pub use checkpoint::{
 };
 pub use error::{BoxError, Error, Result};
 pub use logs::{LogEntry, PROGRESS_FILE, STATS_FILE, SigmaBin};
-pub use loss::{Example, Losses, Target, consistency_loss};
+pub use loss::{
+    Example, Losses, Target, Teacher, consistency_loss, denoising_loss, distillation_loss, progressive_loss,
+};
 pub use memory::{MemoryModel, gigabytes, measure_activations};
 pub use metric::{Distance, Metric};
-pub use recipe::{Levels, PairRule, Pairs, Place, Recipe, Schedule, TargetRule};
+pub use recipe::{
+    Levels, Method, PairRule, Pairs, Place, Recipe, Schedule, TargetRule, TeacherRule, TeacherSolver,
+};
 pub use run::{BatchSource, Ending, Observer, Resumed, RunSpec, Session, resume, run};
 pub use spec::{TrainSpec, changed_settings, ema_name};
 pub use state::{Metadata, Weights};
 pub use trainable::Trainable;
-pub use trainer::{Batch, SampleLoss, StepReport, Trainer};
+pub use trainer::{Batch, Networks, SampleLoss, StepReport, Trainer};

@@ -20,6 +20,8 @@ pub struct MemoryModel {
     pub averages: u64,
     /// The target network.
     pub target: u64,
+    /// The teacher, taken to be a network like the student.
+    pub teacher: u64,
     /// Copies of the weights in autocast's dtype while a network runs.
     pub casts: u64,
     /// What the student's forward pass keeps for the backward pass, for one image; see [`measure_activations`].
@@ -40,6 +42,7 @@ impl MemoryModel {
             moments: 2 * trained,
             averages: spec.emas.len() as u64 * trained,
             target: if spec.target.has_network() { weights } else { 0 },
+            teacher: if spec.teacher.is_some() { weights } else { 0 },
             casts: if autocast { trained / 2 } else { 0 },
             activations_per_image: None,
             micro_batch: spec.micro_batch() as u64,
@@ -48,7 +51,8 @@ impl MemoryModel {
 
     /// What a run needs whatever its micro-batch is.
     pub fn fixed(&self) -> u64 {
-        self.weights + self.gradients + self.moments + self.averages + self.target + self.casts
+        let networks = self.weights + self.target + self.teacher;
+        networks + self.gradients + self.moments + self.averages + self.casts
     }
 
     /// What it needs in all; `None` as long as the activations are not known.
@@ -65,6 +69,7 @@ impl fmt::Display for MemoryModel {
             ("optimiser moments", self.moments),
             ("weight averages", self.averages),
             ("target network", self.target),
+            ("teacher", self.teacher),
             ("16-bit copies", self.casts),
         ];
         for (name, bytes) in rows {
@@ -118,12 +123,12 @@ mod tests {
         assert!(memory.weights > trained, "buffers count");
         assert_eq!((memory.gradients, memory.moments, memory.casts), (trained, 2 * trained, trained / 2));
         assert_eq!(memory.averages, trained * spec().emas.len() as u64);
-        assert_eq!(memory.target, memory.weights);
+        assert_eq!((memory.target, memory.teacher), (memory.weights, 0));
         assert_eq!(memory.total(), None);
         memory.activations_per_image = Some(1000);
         assert_eq!(memory.total(), Some(memory.fixed() + 1000 * memory.micro_batch));
         let table = memory.to_string();
-        assert!(table.contains("target network") && table.lines().count() == 8, "{table}");
+        assert!(table.contains("target network") && table.lines().count() == 9, "{table}");
     }
 
     #[test]

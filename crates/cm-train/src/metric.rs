@@ -9,9 +9,9 @@ use tch::{Kind, Tensor};
 use crate::{Error, Result};
 
 /// The metrics that [`Metric::build`] knows how to build.
-const AVAILABLE: &str = "l1, l2, l2_32, pseudo_huber";
+const AVAILABLE: &str = "l1, l2, l2_32, squared_norm, pseudo_huber";
 /// Every metric's name.
-const NAMES: &[&str] = &["l1", "l2", "l2_32", "pseudo_huber", "lpips"];
+const NAMES: &[&str] = &["l1", "l2", "l2_32", "squared_norm", "pseudo_huber", "lpips"];
 /// iCT's c for an image of D values is this times √D.
 const HUBER_C_PER_ROOT: f64 = 0.000_54;
 
@@ -29,6 +29,9 @@ pub enum Metric {
     /// [`Metric::L2`] of both images resized to 32×32 bilinearly (corners not aligned), as the released
     /// consistency-model code has it for ablations.
     L2At32,
+    /// `‖a − b‖²`: [`Metric::L2`] summed over the image instead of averaged, as EDM's training has it (Adam differs
+    /// between the two by its ε alone).
+    SquaredNorm,
     /// `√(‖a − b‖² + c²) − c` with the norm over the whole image, not over single values (iCT, arXiv
     /// 2310.14189).
     PseudoHuber {
@@ -47,6 +50,7 @@ impl Metric {
             Metric::L1 => "l1",
             Metric::L2 => "l2",
             Metric::L2At32 => "l2_32",
+            Metric::SquaredNorm => "squared_norm",
             Metric::PseudoHuber { .. } => "pseudo_huber",
             Metric::Lpips => "lpips",
         }
@@ -57,6 +61,7 @@ impl Metric {
             "l1" => Some(Metric::L1),
             "l2" => Some(Metric::L2),
             "l2_32" | "l2-32" => Some(Metric::L2At32),
+            "squared_norm" => Some(Metric::SquaredNorm),
             "pseudo_huber" => Some(Metric::PseudoHuber { c: None }),
             "lpips" => Some(Metric::Lpips),
             _ => None,
@@ -72,6 +77,7 @@ impl Metric {
             Metric::L1 => Ok(Distance::L1),
             Metric::L2 => Ok(Distance::L2),
             Metric::L2At32 => Ok(Distance::L2At32),
+            Metric::SquaredNorm => Ok(Distance::SquaredNorm),
             Metric::PseudoHuber { c } => {
                 let c = c.unwrap_or_else(|| HUBER_C_PER_ROOT * (shape.numel() as f64).sqrt());
                 if !(c.is_finite() && c >= 0.0) {
@@ -163,6 +169,8 @@ pub enum Distance {
     L2,
     /// [`Distance::L2`] at 32×32.
     L2At32,
+    /// `‖a − b‖²` over the whole image.
+    SquaredNorm,
     /// `√(‖a − b‖² + c²) − c` over the whole image.
     PseudoHuber {
         /// The width of the quadratic part.
@@ -180,12 +188,14 @@ impl Distance {
     /// `a`, `b`: `[B, C, H, W]` float32; the result is `[B]`.
     pub fn between(&self, a: &Tensor, b: &Tensor) -> Tensor {
         const IMAGE: [i64; 3] = [1, 2, 3];
+        let squares = || (a - b).square().sum_dim_intlist(IMAGE.as_slice(), false, Kind::Float);
         match self {
             Distance::L1 => (a - b).abs().mean_dim(IMAGE.as_slice(), false, Kind::Float),
             Distance::L2 => (a - b).square().mean_dim(IMAGE.as_slice(), false, Kind::Float),
             Distance::L2At32 => Distance::L2.between(&at_32(a), &at_32(b)),
+            Distance::SquaredNorm => squares(),
             Distance::PseudoHuber { c } => {
-                let squares = (a - b).square().sum_dim_intlist(IMAGE.as_slice(), false, Kind::Float);
+                let squares = squares();
                 if *c > 0.0 {
                     return (squares + c * c).sqrt() - *c;
                 }
@@ -226,10 +236,11 @@ mod tests {
         Vec::<f64>::try_from(metric.build(SHAPE).unwrap().between(a, b).to_kind(Kind::Double)).unwrap()
     }
 
-    const ALL: [Metric; 5] = [
+    const ALL: [Metric; 6] = [
         Metric::L1,
         Metric::L2,
         Metric::L2At32,
+        Metric::SquaredNorm,
         Metric::PseudoHuber { c: None },
         Metric::PseudoHuber { c: Some(0.0) },
     ];
@@ -257,6 +268,7 @@ mod tests {
         close(Metric::L2, 0.25);
         close(Metric::L2At32, 0.25);
         let square = 48.0 * 0.25;
+        close(Metric::SquaredNorm, square);
         close(Metric::PseudoHuber { c: Some(0.0) }, f64::sqrt(square));
         close(Metric::PseudoHuber { c: Some(2.0) }, f64::sqrt(square + 4.0) - 2.0);
         let c = 0.00054 * f64::sqrt(48.0);

@@ -3,7 +3,7 @@ use cm_schedule::{EmaRule, LrRule, Weighting};
 use cm_torch::optim::OptimKind;
 use serde::{Deserialize, Serialize};
 
-use crate::{Distance, Error, Metric, PairRule, Recipe, Result, TargetRule};
+use crate::{Distance, Error, Metric, PairRule, Recipe, Result, TargetRule, TeacherRule};
 
 /// Everything that decides what a training run computes, but for the network and the data: the section `[train]` of
 /// an experiment.
@@ -24,6 +24,9 @@ pub struct TrainSpec {
     pub pairs: PairRule,
     /// Where the target comes from.
     pub target: TargetRule,
+    /// How a teacher moves noisy images, in consistency distillation; left out elsewhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub teacher: Option<TeacherRule>,
     /// How far apart two images are.
     pub metric: Metric,
     /// How much a pair counts.
@@ -51,7 +54,13 @@ const MOST_IMAGES: usize = 1 << 20;
 impl TrainSpec {
     /// The recipe alone.
     pub fn recipe(&self) -> Recipe {
-        Recipe { pairs: self.pairs, target: self.target, metric: self.metric, weighting: self.weighting }
+        Recipe {
+            pairs: self.pairs,
+            target: self.target,
+            teacher: self.teacher,
+            metric: self.metric,
+            weighting: self.weighting,
+        }
     }
 
     /// Images that go through the network at once.

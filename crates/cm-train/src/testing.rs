@@ -10,7 +10,7 @@ use cm_torch::optim::OptimKind;
 use tch::{Device, Kind, Tensor};
 
 use crate::recipe::Levels;
-use crate::{Batch, Metric, PairRule, TargetRule, TrainSpec, Trainable, Trainer};
+use crate::{Batch, Metric, Networks, PairRule, TargetRule, TrainSpec, Trainable, Trainer};
 
 pub(crate) const SHAPE: ImageShape = ImageShape { channels: 1, height: 4, width: 4 };
 pub(crate) const LEVELS: Levels = Levels { range: SigmaRange::EDM, sigma_data: 0.5 };
@@ -100,6 +100,7 @@ pub(crate) fn spec() -> TrainSpec {
             index: IndexDist::Uniform {},
         },
         target: TargetRule::Ema { rule: TargetEma::Adaptive { mu0: 0.9, s0: 2, reading: Reading::Paper } },
+        teacher: None,
         metric: Metric::L2,
         weighting: Weighting::Uniform,
         optimizer: OptimKind::radam(),
@@ -117,7 +118,7 @@ pub(crate) fn spec() -> TrainSpec {
 /// A trainer on the network of seed 0.
 pub(crate) fn trainer(spec: &TrainSpec, dropout: f64) -> Trainer<Model> {
     let target = spec.target.has_network().then(|| mlp(1, dropout));
-    Trainer::new(mlp(0, dropout), target, spec, LEVELS).unwrap()
+    Trainer::new(Networks { student: mlp(0, dropout), target, teacher: None }, spec, LEVELS).unwrap()
 }
 
 /// A batch that is a function of the step.

@@ -1,12 +1,13 @@
-use cm_model::{Cond, Mode, NoiseSource, Philox, Site};
-use cm_schedule::EmaRule;
+use cm_model::{Cond, Denoiser, Mode, NoiseSource, Philox, Site};
 use cm_schedule::rng::Purpose;
+use cm_schedule::{EmaRule, KarrasGrid};
 use cm_torch::optim::{self, EmaTarget, Optimizer, StepOptions};
 use tch::{Device, Kind, Tensor};
 
 use crate::recipe::{Levels, Place, Schedule};
 use crate::{
-    Distance, Error, Example, Losses, Result, Target, TrainSpec, Trainable, consistency_loss, ema_name,
+    Distance, Error, Example, Losses, Method, Result, Target, Teacher, TrainSpec, Trainable,
+    consistency_loss, denoising_loss, distillation_loss, ema_name, progressive_loss,
 };
 
 /// Images with what they are conditioned on.
@@ -61,15 +62,33 @@ pub(crate) struct Ema {
     pub(crate) tensors: Vec<Tensor>,
 }
 
-/// A training run between two steps: the student, the target network if the recipe has one, the averages, the
-/// optimiser and the position in the run.
+/// The networks that a run begins with.
+pub struct Networks<M> {
+    /// The network that is trained.
+    pub student: M,
+    /// A second network of the same architecture, needed if and only if [`crate::TargetRule::has_network`]. It starts
+    /// as a copy of the student.
+    pub target: Option<M>,
+    /// The denoiser that is distilled, needed if and only if the settings have a `teacher`.
+    pub teacher: Option<Box<dyn Denoiser>>,
+}
+
+impl<M> Networks<M> {
+    /// A student alone.
+    pub fn of(student: M) -> Self {
+        Self { student, target: None, teacher: None }
+    }
+}
+
+/// A training run between two steps: the student, the target network and the teacher if the recipe has them, the
+/// averages, the optimiser and the position in the run.
 ///
 /// Nothing else is state: noise, noise levels and dropout of a step are functions of the seed and the step, so that
 /// a trainer restored from these continues bit for bit (on the CPU, with one libtorch and one thread count).
-#[derive(Debug)]
 pub struct Trainer<M> {
     pub(crate) student: M,
     pub(crate) target: Option<M>,
+    teacher: Option<Box<dyn Denoiser>>,
     pub(crate) weights: Vec<(String, Tensor)>,
     target_weights: Vec<Tensor>,
     pub(crate) emas: Vec<Ema>,
@@ -84,26 +103,13 @@ pub struct Trainer<M> {
 impl<M: Trainable> Trainer<M> {
     /// A run before its first step. The averages, and the target network's weights, start as copies of the student's.
     ///
-    /// `target` is a second network of the same architecture, which is needed if and only if
-    /// [`crate::TargetRule::has_network`].
-    ///
     /// # Errors
-    /// [`Error::Setting`] and [`Error::MissingMetric`] for settings that cannot be used, [`Error::Model`] if the
-    /// target's architecture is not the student's.
-    pub fn new(student: M, target: Option<M>, spec: &TrainSpec, levels: Levels) -> Result<Self> {
+    /// [`Error::Setting`] and [`Error::MissingMetric`] for settings that cannot be used or do not go with the
+    /// networks, [`Error::Model`] if the target's architecture is not the student's.
+    pub fn new(networks: Networks<M>, spec: &TrainSpec, levels: Levels) -> Result<Self> {
+        let Networks { student, target, teacher } = networks;
         let distance = spec.check(student.shape())?;
-        if target.is_some() != spec.target.has_network() {
-            let expected = if target.is_some() { "ema" } else { "live" };
-            return Err(Error::setting(
-                "train.target.kind",
-                if target.is_some() { "live" } else { "ema" },
-                expected,
-                format!(
-                    "the trainer was handed {} target network",
-                    if target.is_some() { "a" } else { "no" }
-                ),
-            ));
-        }
+        check_networks(spec, target.is_some(), teacher.is_some())?;
         if let Some(target) = &target {
             target.params().copy_from(student.params())?;
             target.params().set_requires_grad(false);
@@ -124,6 +130,7 @@ impl<M: Trainable> Trainer<M> {
             weights,
             student,
             target,
+            teacher,
             spec: spec.clone(),
             levels,
             distance,
@@ -186,7 +193,9 @@ impl<M: Trainable> Trainer<M> {
         Ok(use_model(&self.student))
     }
 
-    /// Takes one step of Algorithm 3 (Song et al. 2023) on a batch.
+    /// Takes one step on a batch: of Algorithm 2 or 3 (Song et al. 2023), or of whatever the recipe says.
+    ///
+    /// Where a stage of progressive distillation begins, the student first becomes the teacher.
     ///
     /// The step waits for the device once, for the norm of the gradient and the losses: whether they are finite has
     /// to be known before the weights move.
@@ -204,12 +213,19 @@ impl<M: Trainable> Trainer<M> {
 
     fn try_step(&mut self, batch: &Batch) -> Result<StepReport> {
         let place = Place { seed: self.spec.seed, step: self.step, total_steps: self.spec.total_steps };
+        let stage = self.spec.recipe().stage(place.step, place.total_steps);
+        if stage.as_ref().is_some_and(|stage| stage.start == self.step) && self.step > 0 {
+            self.begin_stage()?;
+        }
         let schedule = self.spec.recipe().schedule(place.step, place.total_steps);
         let samples = self.gradients(batch, &place)?;
         let mean = |values: &mut dyn Iterator<Item = f64>| values.sum::<f64>() / samples.len() as f64;
         let loss = mean(&mut samples.iter().map(|s| s.0.loss));
         let grad_norm = self.check_finite(loss)?;
-        let lr = self.spec.lr * self.spec.lr_rule.factor(self.step, self.images, self.spec.total_steps);
+        // Each stage is a training of its own, to the learning rate too.
+        let span = stage.unwrap_or(0..self.spec.total_steps);
+        let (at, length) = (self.step - span.start, span.end - span.start);
+        let lr = self.spec.lr * self.spec.lr_rule.factor(at, self.images, length);
         self.update(&schedule, lr, grad_norm)?;
         self.step += 1;
         self.images += samples.len() as u64;
@@ -225,6 +241,22 @@ impl<M: Trainable> Trainer<M> {
             mu: schedule.mu,
             samples: samples.into_iter().map(|s| s.0).collect(),
         })
+    }
+
+    /// Salimans and Ho 2022, Algorithm 2, last lines: the student becomes the next teacher, and training begins anew
+    /// from its weights.
+    fn begin_stage(&mut self) -> Result<()> {
+        if let Some(target) = &self.target {
+            target.params().copy_from(self.student.params())?;
+        }
+        let _no_grad = tch::no_grad_guard();
+        for ema in &self.emas {
+            for (average, (_, weight)) in ema.tensors.iter().zip(&self.weights) {
+                average.shallow_clone().copy_(weight);
+            }
+        }
+        self.optimizer = Optimizer::new(self.spec.optimizer, &named(&self.weights))?;
+        Ok(())
     }
 
     /// Runs every micro-batch forward and backward; the weights then hold the gradient of the batch's mean loss.
@@ -276,10 +308,32 @@ impl<M: Trainable> Trainer<M> {
             pairs: &pairs,
             cond: &cond.narrow(start, length),
         };
-        let target = self.target.as_ref().map_or(Target::Live, |network| Target::Network(network));
         let mode = Mode::Train { dropout_seed: place.stream(Purpose::Dropout, part).bits(0) };
-        let losses = consistency_loss(&self.student, target, &example, &self.distance, mode)?;
+        let losses = self.loss(&example, mode)?;
         Ok((losses, pairs.sigma))
+    }
+
+    /// The loss of the recipe's method.
+    fn loss(&self, example: &Example<'_>, mode: Mode) -> Result<Losses> {
+        let (student, distance): (&dyn Trainable, _) = (&self.student, &self.distance);
+        let target = self.target.as_ref().map_or(Target::Live, |network| Target::Network(network));
+        match (self.spec.recipe().method(), &self.teacher, &self.target) {
+            (Method::Denoising, ..) => denoising_loss(student, example, distance, mode),
+            (Method::Consistency, ..) => consistency_loss(student, target, example, distance, mode),
+            (Method::Distillation(rule), Some(denoiser), _) => {
+                let teacher = Teacher { denoiser: &**denoiser, rule };
+                distillation_loss(student, target, teacher, example, distance, mode)
+            }
+            (Method::Progressive { rho }, _, Some(teacher)) => {
+                let grid = KarrasGrid::new(self.levels.range, rho)?;
+                progressive_loss(student, teacher, &grid, example, distance, mode)
+            }
+            // `check_networks` has seen to it that they are there.
+            (Method::Distillation(_), None, _) => Err(missing("train.teacher", "set", "a teacher")),
+            (Method::Progressive { .. }, _, None) => {
+                Err(missing("train.target.kind", self.spec.target.name(), "a target network"))
+            }
+        }
     }
 
     /// The norm of the gradient, or which number is not finite.
@@ -338,6 +392,34 @@ impl<M: Trainable> Trainer<M> {
         averages.extend(schedule.mu.map(|mu| EmaTarget { beta: mu, tensors: &self.target_weights }));
         self.optimizer.step(&options, &named(&self.weights), &averages)?;
         Ok(())
+    }
+}
+
+/// Settings say which networks a run needs; those that were handed in have to be these.
+fn check_networks(spec: &TrainSpec, target: bool, teacher: bool) -> Result<()> {
+    match (spec.target.has_network(), target) {
+        (true, false) => return Err(missing("train.target.kind", spec.target.name(), "a target network")),
+        (false, true) => return Err(unwanted("train.target.kind", spec.target.name(), "a target network")),
+        _ => {}
+    }
+    match (spec.teacher.is_some(), teacher) {
+        (true, false) => Err(missing("train.teacher", "set", "a teacher")),
+        (false, true) => Err(unwanted("train.teacher", "none", "a teacher")),
+        _ => Ok(()),
+    }
+}
+
+fn missing(key: &'static str, got: &str, what: &str) -> Error {
+    Error::setting(key, got, format!("{what} beside the student"), "the trainer was handed none")
+}
+
+fn unwanted(key: &'static str, got: &str, what: &str) -> Error {
+    Error::setting(key, got, "no such network", format!("the trainer was handed {what}"))
+}
+
+impl<M> std::fmt::Debug for Trainer<M> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Trainer").field("step", &self.step).field("spec", &self.spec).finish_non_exhaustive()
     }
 }
 

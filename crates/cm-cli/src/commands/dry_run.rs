@@ -4,12 +4,13 @@ use anyhow::Result;
 use cm_model::{Cond, Mode, NoiseSource, Philox, Sigma, Site};
 use cm_schedule::rng::Purpose;
 use cm_torch::device;
-use cm_train::{Batch, MemoryModel, Metric, Trainable, Trainer, gigabytes, measure_activations};
+use cm_train::{Batch, MemoryModel, Metric, Networks, Trainable, Trainer, gigabytes, measure_activations};
 use tch::{Device, Tensor};
 
-use super::session::{Net, build_net};
 use crate::exit::{OrUsage, Outcome};
 use crate::experiment::Experiment;
+use crate::net::Net;
+use crate::sources::stand_in;
 
 /// A dry run takes at most this share of the memory that is free: the model's sum leaves out scratch memory, and a
 /// look at an experiment must not drive a machine into swapping.
@@ -29,11 +30,11 @@ pub fn dry_run(experiment: &Experiment, device: Device) -> Outcome {
         small.train.metric = Metric::L2;
     }
     experiment.compute(device).or_usage()?;
-    let student = build_net(&small, device)?;
+    let student = Net::build(&small, device)?;
     let parameters = student.params().num_parameters();
     println!("parameters        {parameters}");
     let batch = made_up(&student, device)?;
-    let mut memory = MemoryModel::new(student.params(), &small.train, student.compute.autocast.is_some());
+    let mut memory = MemoryModel::new(student.params(), &small.train, student.compute().autocast.is_some());
     let started = std::time::Instant::now();
     memory.activations_per_image = Some(measure_activations(device, || forward(&student, &batch, &small))?);
     println!("forward, 1 image  {:.2} s", started.elapsed().as_secs_f64());
@@ -59,8 +60,12 @@ pub fn dry_run(experiment: &Experiment, device: Device) -> Outcome {
 }
 
 fn step(experiment: &Experiment, student: Net, batch: &Batch, device: Device) -> Result<()> {
-    let target = experiment.train.target.has_network().then(|| build_net(experiment, device)).transpose()?;
-    let mut trainer = Trainer::new(student, target, &experiment.train, experiment.levels()?)?;
+    let another = || Net::build(experiment, device);
+    let target = experiment.train.target.has_network().then(another).transpose()?;
+    // Fresh weights, like the student's: a dry run asks what a step costs.
+    let teacher = experiment.train.teacher.map(|_| stand_in(experiment, device)).transpose()?;
+    let networks = Networks { student, target, teacher };
+    let mut trainer = Trainer::new(networks, &experiment.train, experiment.levels()?)?;
     let started = std::time::Instant::now();
     let report = trainer.step(batch)?;
     println!("step, 1 image     {:.2} s, loss {:.4}", started.elapsed().as_secs_f64(), report.loss);

@@ -2,6 +2,7 @@
 
 mod batches;
 pub mod data;
+pub mod distill;
 pub mod doctor;
 pub mod dry_run;
 pub mod model;

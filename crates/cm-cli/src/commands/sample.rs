@@ -2,12 +2,14 @@
 
 use anyhow::{Context, Result, bail};
 use cm_data::{Shape, batch, grid, npz};
-use cm_net::ModelFile;
-use cm_sampler::{Hooks, Method, Request, Times, sample_batches};
+use cm_net::{Model, ModelFile, ModelSpec, Role};
+use cm_sampler::{Hooks, Method, Request, Solver, Times, sample_batches};
+use cm_schedule::solver::Churn;
 
-use super::session;
+use super::session::{self, STUDENT_STEPS};
 use crate::args::{SampleArgs, SamplerKind};
 use crate::exit::{OrUsage, Outcome};
+use crate::net::{HEUN_LEVELS, student_method};
 use crate::pictures;
 use crate::runs;
 use crate::ui::Bar;
@@ -21,19 +23,8 @@ pub fn sample(args: &SampleArgs) -> Outcome {
     let device = session::device(&args.device).or_usage()?;
     let file = ModelFile::read(&path).or_usage()?;
     let model = file.model(device, cm_model::Compute::default()).or_usage()?;
-    let model = model.into_consistency().with_context(|| path.display().to_string()).or_usage()?;
-    let (classes, rho) = (model.num_classes(), file.spec.precond.rho);
-    let labels = labels(args, classes).or_usage()?;
-    let method = match args.sampler {
-        SamplerKind::Onestep => {
-            one_step_only(args).or_usage()?;
-            Method::one_step(&*model).or_usage()?
-        }
-        SamplerKind::Multistep => {
-            let times = times(args, rho).or_usage()?;
-            Method::multistep(&*model, &times).or_usage()?
-        }
-    };
+    let labels = labels(args, file.spec.net.num_classes()).or_usage()?;
+    let method = method(args, &model, &file.spec).with_context(|| path.display().to_string()).or_usage()?;
     let seeds = &args.seeds.0;
     let request =
         Request { labels: labels.as_deref(), batch: args.batch, clip: !args.no_clip, ..Request::new(seeds) };
@@ -46,11 +37,36 @@ pub fn sample(args: &SampleArgs) -> Outcome {
     Ok(())
 }
 
-fn one_step_only(args: &SampleArgs) -> Result<()> {
-    if args.ts.is_some() || args.sigmas.is_some() {
-        bail!("--ts and --sigmas are for --sampler multistep; one step always starts at σ_max");
+/// The sampler that was asked for, or the usual one for the kind of model.
+fn method<'a>(args: &SampleArgs, model: &'a Model, spec: &ModelSpec) -> Result<Method<'a>> {
+    let distilled_to = spec.about.get(STUDENT_STEPS).and_then(|steps| steps.parse::<usize>().ok());
+    let sampler = args.sampler.unwrap_or(match (model.role(), distilled_to) {
+        (Role::Consistency, _) => SamplerKind::Onestep,
+        (Role::Denoiser, None) => SamplerKind::Heun,
+        (Role::Denoiser, Some(_)) => SamplerKind::Progdist,
+    });
+    if sampler != SamplerKind::Multistep && (args.ts.is_some() || args.sigmas.is_some()) {
+        bail!("--ts and --sigmas are for --sampler multistep");
     }
-    Ok(())
+    if sampler == SamplerKind::Onestep && args.steps.is_some() {
+        bail!("--steps {}: one step is one step", args.steps.unwrap_or(1));
+    }
+    let grid = spec.precond.grid()?;
+    let levels = || grid.with_zero(args.steps.unwrap_or(HEUN_LEVELS));
+    Ok(match sampler {
+        SamplerKind::Onestep => Method::one_step(model.consistency()?)?,
+        SamplerKind::Multistep => Method::multistep(model.consistency()?, &times(args, spec.precond.rho)?)?,
+        SamplerKind::Heun => {
+            Method::solver(model.denoiser()?, Solver::Heun { churn: Churn::NONE }, &levels())?
+        }
+        SamplerKind::Euler => Method::solver(model.denoiser()?, Solver::Euler, &levels())?,
+        SamplerKind::Progdist => {
+            let steps = args.steps.or(distilled_to).context(
+                "--sampler progdist needs --steps: the model does not say how many steps it was distilled to",
+            )?;
+            student_method(model.denoiser()?, &grid, steps)?
+        }
+    })
 }
 
 /// A label for each seed: the class asked for, or all classes in turn where none was.

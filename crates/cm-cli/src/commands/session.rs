@@ -7,21 +7,18 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use cm_data::Dataset;
-use cm_model::{Backbone, Preconditioned};
 use cm_net::ModelSpec;
-use cm_sampler::{Request, one_step};
-use cm_schedule::Boundary;
+use cm_sampler::Request;
 use cm_torch::device::DeviceSpec;
-use cm_train::{BoxError, Ending, Observer, Session, StepReport, Trainer, Weights};
+use cm_train::{BoxError, Ending, Networks, Observer, Session, StepReport, Trainable, Trainer, Weights};
 use tch::{Device, Tensor};
 
 use crate::experiment::Experiment;
+use crate::net::Net;
 use crate::pictures;
 use crate::runs::CONFIG_FILE;
+use crate::sources::Start;
 use crate::ui::Bar;
-
-/// The models that `cm` trains.
-pub type Net = Preconditioned<Box<dyn Backbone>, Boundary>;
 
 /// The device that was asked for; says what `auto` chose and why.
 pub fn device(spec: &DeviceSpec) -> Result<Device> {
@@ -32,22 +29,13 @@ pub fn device(spec: &DeviceSpec) -> Result<Device> {
     Ok(resolved.device)
 }
 
-/// Builds the experiment's network with fresh weights.
-pub fn build_net(experiment: &Experiment, device: Device) -> Result<Net> {
-    let net = cm_net::build(&experiment.network, experiment.train.seed, device)?;
-    let compute = experiment.compute(device)?;
-    if compute.channels_last {
-        net.params().to_channels_last();
-    }
-    let (precond, sigma_range) = (experiment.precond.boundary()?, experiment.precond.sigma_range()?);
-    Ok(Preconditioned { net, precond, sigma_range, compute })
-}
-
-/// A trainer before its first step.
-pub fn build_trainer(experiment: &Experiment, device: Device) -> Result<Trainer<Net>> {
-    let student = build_net(experiment, device)?;
-    let target = experiment.train.target.has_network().then(|| build_net(experiment, device)).transpose()?;
-    Ok(Trainer::new(student, target, &experiment.train, experiment.levels()?)?)
+/// A trainer before its first step, on networks that start as `start` says.
+pub fn build_trainer(experiment: &Experiment, start: &Start, device: Device) -> Result<Trainer<Net>> {
+    let student = Net::build(experiment, device)?;
+    start.load(&student)?;
+    let target = experiment.train.target.has_network().then(|| Net::build(experiment, device)).transpose()?;
+    let teacher = start.denoiser(experiment, device)?;
+    Ok(Trainer::new(Networks { student, target, teacher }, &experiment.train, experiment.levels()?)?)
 }
 
 /// A stop flag that Ctrl-C (and a request to terminate) sets; the second one ends the process at once.
@@ -88,9 +76,11 @@ impl Run<'_> {
         let spec = self.experiment.model_spec();
         // A model file travels: the place of its training data on this machine stays here.
         let mut portable = self.experiment.clone();
-        portable.data.path = None;
+        (portable.data.path, portable.teacher, portable.init) = (None, None, None);
         let portable = portable.to_toml()?;
-        let metadata = |weights: Weights<'_>, step: u64| describe(&spec, &portable, weights, step);
+        let steps = |step| self.experiment.student_steps(step);
+        let metadata =
+            |weights: Weights<'_>, step: u64| describe(&spec, &portable, weights, step, steps(step));
         let session =
             Session { folder: self.folder, spec: &self.experiment.run, stop: self.stop, metadata: &metadata };
         let ending = cm_train::run(trainer, &mut source, &session, view);
@@ -99,8 +89,17 @@ impl Run<'_> {
     }
 }
 
+/// The key under which a model file says how many steps its student was progressively distilled to.
+pub const STUDENT_STEPS: &str = "student_steps";
+
 /// What a model file of the run says about itself.
-fn describe(spec: &ModelSpec, config: &str, weights: Weights<'_>, step: u64) -> BTreeMap<String, String> {
+fn describe(
+    spec: &ModelSpec,
+    config: &str,
+    weights: Weights<'_>,
+    step: u64,
+    student_steps: Option<usize>,
+) -> BTreeMap<String, String> {
     let which = match weights {
         Weights::Raw => "raw".to_owned(),
         Weights::Ema(rate) => format!("ema {rate}"),
@@ -112,6 +111,7 @@ fn describe(spec: &ModelSpec, config: &str, weights: Weights<'_>, step: u64) -> 
         ("step".to_owned(), step.to_string()),
         ("config".to_owned(), config.to_owned()),
     ]);
+    spec.about.extend(student_steps.map(|n| (STUDENT_STEPS.to_owned(), n.to_string())));
     spec.metadata()
 }
 
@@ -120,6 +120,7 @@ pub type OnSamples<'a> = dyn FnMut(u64, &Tensor) -> Result<()> + 'a;
 
 /// Draws a run: a bar in the terminal, sample grids in the run's folder.
 pub struct View<'a> {
+    experiment: &'a Experiment,
     bar: Option<Bar>,
     samples: PathBuf,
     loss: f64,
@@ -131,10 +132,17 @@ pub struct View<'a> {
 const GRID_SEEDS: std::ops::Range<u64> = 0..64;
 
 impl<'a> View<'a> {
-    /// A view of a run in `folder` that goes from step `first` to `total`.
-    pub fn new(folder: &Path, first: u64, total: u64) -> Self {
-        let bar = Some(Bar::new("train", "steps", first, total));
-        Self { bar, samples: folder.join("samples"), loss: f64::NAN, on_samples: None, announce: true }
+    /// A view of a run in `folder` that goes on from step `first`.
+    pub fn new(experiment: &'a Experiment, folder: &Path, first: u64) -> Self {
+        let bar = Some(Bar::new("train", "steps", first, experiment.train.total_steps));
+        Self {
+            experiment,
+            bar,
+            samples: folder.join("samples"),
+            loss: f64::NAN,
+            on_samples: None,
+            announce: true,
+        }
     }
 
     /// Hands the samples of each sample point to `hook` too, and leaves out the lines about files.
@@ -153,18 +161,20 @@ impl<'a> View<'a> {
     fn draw(&mut self, trainer: &Trainer<Net>) -> Result<()> {
         let step = trainer.steps_done();
         let seeds: Vec<u64> = GRID_SEEDS.collect();
-        let classes = cm_model::ConsistencyFn::num_classes(trainer.student());
+        let classes = trainer.student().num_classes();
         let labels: Option<Vec<i64>> =
             (classes > 0).then(|| seeds.iter().map(|&seed| seed as i64 % classes).collect());
         let request = Request { labels: labels.as_deref(), ..Request::new(&seeds) };
+        let (rho, student_steps) = (self.experiment.precond.rho, self.experiment.student_steps(step));
+        let draw = |net: &Net| net.draw(&request, rho, student_steps);
         let averages: Vec<String> = trainer.ema_names().map(str::to_owned).collect();
         let mut first = None;
         for name in &averages {
-            let images = trainer.with_ema(name, |model| one_step(model, &request))??;
+            let images = trainer.with_ema(name, draw)??;
             self.write(step, &format!("ema-{name}"), &images)?;
             first.get_or_insert(images);
         }
-        let raw = one_step(trainer.student(), &request)?;
+        let raw = draw(trainer.student())?;
         self.write(step, "raw", &raw)?;
         match &mut self.on_samples {
             Some(hook) => hook(step, first.as_ref().unwrap_or(&raw)),

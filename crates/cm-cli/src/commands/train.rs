@@ -1,18 +1,20 @@
-//! `cm train` and `cm train-cifar10`.
+//! `cm train`, `cm train-cifar10` and `cm train-teacher`, and what every training does.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use cm_data::SourceKind;
 use cm_train::{Checkpoints, Ending};
 use tch::Device;
 
 use super::session::{self, Run, View};
 use super::{data, dry_run};
-use crate::args::{CifarArgs, RunArgs, TrainArgs};
+use crate::args::{CifarArgs, RunArgs, TeacherArgs, TrainArgs};
 use crate::config::Source;
 use crate::exit::{Failure, OrUsage, Outcome};
 use crate::experiment::Experiment;
 use crate::runs::{CONFIG_FILE, find_model};
+use crate::sources::{ModelSource, Start};
 
 /// Runs `cm train`.
 pub fn train(args: &TrainArgs) -> Outcome {
@@ -25,16 +27,42 @@ pub fn train(args: &TrainArgs) -> Outcome {
 
 /// Runs `cm train-cifar10`: as `cm train`, with the data fetched where it is not there.
 pub fn train_cifar10(args: &CifarArgs) -> Outcome {
-    let (mut experiment, folder) = read(Some(&args.config), &args.run).or_usage()?;
-    if !args.run.dry_run {
-        let place = data::place_of_cifar10(args.data.as_deref(), metric_error(&experiment)).or_usage()?;
-        experiment.set_data(&place);
+    let (experiment, folder) = read(Some(&args.config), &args.run).or_usage()?;
+    start_with_data(experiment, &folder, args.data.as_deref(), &args.run)
+}
+
+/// Runs `cm train-teacher`: as `cm train-cifar10`, with another experiment unless one is named.
+pub fn train_teacher(args: &TeacherArgs) -> Outcome {
+    let (experiment, folder) = read(Some(&args.config), &args.run).or_usage()?;
+    if !experiment.train.recipe().method().trains_denoiser() {
+        return Err(Failure::Usage(anyhow::anyhow!(
+            "--config {}: it trains a consistency model; a teacher is a denoiser, as in --config cifar10-edm",
+            args.config
+        )));
     }
-    start(&experiment, &folder, &args.run)
+    start_with_data(experiment, &folder, args.data.as_deref(), &args.run)
+}
+
+/// Starts a training whose data, if it is CIFAR-10, is fetched where it is not there.
+pub fn start_with_data(
+    mut experiment: Experiment,
+    folder: &Path,
+    data: Option<&Path>,
+    args: &RunArgs,
+) -> Outcome {
+    if experiment.data.kind == SourceKind::Cifar10 && !args.dry_run {
+        // A run that was resumed knows where its data lies.
+        let given = data.or(experiment.data.path.as_deref()).map(Path::to_owned);
+        let place = data::place_of_cifar10(given.as_deref(), metric_error(&experiment)).or_usage()?;
+        experiment.set_data(&place);
+    } else if let Some(path) = data {
+        experiment.set_data(path);
+    }
+    start(&experiment, folder, args)
 }
 
 /// The experiment and the folder of its run. A run that is resumed keeps its own config.
-fn read(config: Option<&str>, args: &RunArgs) -> Result<(Experiment, PathBuf)> {
+pub fn read(config: Option<&str>, args: &RunArgs) -> Result<(Experiment, PathBuf)> {
     let named = config.map(|config| Experiment::read(&Source::find(config)?, &args.sets)).transpose()?;
     let folder = match (&args.out, &named) {
         (Some(out), _) => out.clone(),
@@ -42,17 +70,21 @@ fn read(config: Option<&str>, args: &RunArgs) -> Result<(Experiment, PathBuf)> {
         (None, None) => bail!("--config is missing: a TOML file or a preset, such as --config digits-ct"),
     };
     let own = folder.join(CONFIG_FILE);
-    match named {
+    let (mut experiment, folder) = match named {
         _ if args.resume && own.is_file() => {
             eprintln!("config: {} (a resumed run keeps its own; --set changes it)", own.display());
-            Ok((Experiment::read(&Source::file(own)?, &args.sets)?, folder))
+            (Experiment::read(&Source::file(own)?, &args.sets)?, folder)
         }
-        Some(experiment) => Ok((experiment, folder)),
+        Some(experiment) => (experiment, folder),
         None if args.resume => {
             bail!("{}: no {CONFIG_FILE} in this folder; is it a run? --config starts one", folder.display())
         }
         None => bail!("--config is missing: a TOML file or a preset, such as --config digits-ct"),
+    };
+    if let Some(path) = &args.init_from {
+        experiment.init = Some(ModelSource::at(path)?);
     }
+    Ok((experiment, folder))
 }
 
 /// Why the experiment's metric cannot be used, if it cannot.
@@ -63,9 +95,13 @@ fn metric_error(experiment: &Experiment) -> Option<cm_train::Error> {
 fn start(experiment: &Experiment, folder: &Path, args: &RunArgs) -> Outcome {
     let device = session::device(&args.device).or_usage()?;
     if args.dry_run {
+        if experiment.teacher.is_some() || experiment.init.is_some() {
+            Start::read(experiment).or_usage()?;
+        }
         return dry_run::dry_run(experiment, device);
     }
-    // Whatever the user has to mend is found before a network is built.
+    // Whatever the user has to mend is found before a network is built, and models before any data.
+    let models = Start::read(experiment).or_usage()?;
     let opened = experiment.data.open().or_usage()?;
     experiment.check_data(&*opened).or_usage()?;
     if let Some(error) = metric_error(experiment) {
@@ -73,7 +109,7 @@ fn start(experiment: &Experiment, folder: &Path, args: &RunArgs) -> Outcome {
     }
     check_folder(folder, args.resume).or_usage()?;
     experiment.compute(device).or_usage()?;
-    run(experiment, opened, folder, device, args.resume)
+    run(experiment, &models, opened, folder, device, args.resume)
 }
 
 /// A new run needs a folder without checkpoints.
@@ -90,6 +126,7 @@ fn check_folder(folder: &Path, resume: bool) -> Result<()> {
 
 fn run(
     experiment: &Experiment,
+    models: &Start,
     data: std::sync::Arc<dyn cm_data::Dataset>,
     folder: &Path,
     device: Device,
@@ -97,7 +134,7 @@ fn run(
 ) -> Outcome {
     let stop = session::stop_on_signal()?;
     eprintln!("data: {} ({} images of {})", data.source(), data.len(), data.shape());
-    let mut trainer = session::build_trainer(experiment, device).or_usage()?;
+    let mut trainer = session::build_trainer(experiment, models, device).or_usage()?;
     if resume {
         announce(&cm_train::resume(&mut trainer, folder).or_usage()?);
     }
@@ -108,8 +145,8 @@ fn run(
         experiment.train.batch,
         folder.display()
     );
-    let (first, total) = (trainer.steps_done(), experiment.train.total_steps);
-    let mut view = View::new(folder, first, total);
+    let total = experiment.train.total_steps;
+    let mut view = View::new(experiment, folder, trainer.steps_done());
     let ending = Run { experiment, data, folder, stop: &stop }.train(&mut trainer, &mut view)?;
     let at = format!("step {} of {total}", trainer.steps_done());
     match ending {

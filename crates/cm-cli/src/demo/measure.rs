@@ -22,8 +22,10 @@ pub struct Sets {
 pub struct Compared {
     /// One-step samples.
     pub one_step: Figures,
-    /// Two-step samples.
-    pub two_step: Figures,
+    /// Two-step samples, where the model has them.
+    pub two_step: Option<Figures>,
+    /// Samples of the teacher, where there is one, by Heun's method with 18 levels.
+    pub teacher: Option<Figures>,
     /// Held-out real images.
     pub held_out_real: Figures,
     /// Draws from a Gaussian with the training data's mean and covariance.
@@ -85,11 +87,20 @@ impl Sets {
     }
 
     /// The figures of samples and of everything that stands beside them.
-    pub fn figures(&self, yardstick: &Yardstick, one: &Tensor, two: &Tensor, seed: u64) -> Result<Compared> {
+    pub fn figures(
+        &self,
+        yardstick: &Yardstick,
+        one: &Tensor,
+        two: Option<&Tensor>,
+        teacher: Option<&Tensor>,
+        seed: u64,
+    ) -> Result<Compared> {
+        let measure = |images: &Tensor| yardstick.measure(images);
         let count = one.size()[0] as usize;
         Ok(Compared {
             one_step: yardstick.measure(one)?,
-            two_step: yardstick.measure(two)?,
+            two_step: two.map(measure).transpose()?,
+            teacher: teacher.map(measure).transpose()?,
             held_out_real: yardstick.measure(&self.held_out)?,
             gaussian_fit: yardstick.measure(&gaussian_fit(&self.train, count, seed)?)?,
             noise: yardstick.measure(&noise(&self.train, count, seed)?)?,

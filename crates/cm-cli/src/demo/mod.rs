@@ -1,59 +1,36 @@
 //! `cm demo`: from nothing to a trained consistency model, measured and drawn, in minutes on a CPU.
 
+mod compare;
 mod measure;
+mod plan;
 mod publish;
 mod summary;
+mod teacher;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use cm_model::{ConsistencyFn, NoiseSource, Philox, Site};
-use cm_sampler::{Request, Times, multistep, one_step};
+use cm_model::{NoiseSource, Philox, Site};
+use cm_sampler::{Request, Times, multistep};
+use cm_schedule::NumScales;
 use cm_schedule::rng::Purpose;
 use cm_torch::device;
-use cm_train::{Batch, Checkpoints, Ending, PROGRESS_FILE, Trainable, Trainer};
+use cm_train::{Batch, Checkpoints, Ending, PROGRESS_FILE, PairRule, Trainable, Trainer};
 use tch::{Device, Tensor};
 
-use crate::args::{DemoArgs, DemoData};
-use crate::commands::session::{self, Net, Run, View};
+use crate::args::{DemoArgs, DemoData, DemoRecipe};
+use crate::commands::session::{self, Run, View};
 use crate::config::Source;
 use crate::exit::{Failure, OrUsage, Outcome};
 use crate::experiment::Experiment;
+use crate::net::Net;
 use crate::pictures::{self, Chart, Series};
+use crate::sources::Start;
 use measure::Sets;
-use summary::{Speed, Summary};
-
-/// What differs between the demo's data sets.
-struct Plan {
-    preset: &'static str,
-    /// Time for everything, in seconds.
-    seconds: f64,
-    /// The second noise level of two-step samples.
-    second_sigma: f64,
-    /// Images that are measured.
-    measured: u64,
-    /// Columns and number of images of the sample grids.
-    grid: (usize, i64),
-}
-
-impl Plan {
-    fn of(data: DemoData) -> Self {
-        match data {
-            DemoData::Digits => Self {
-                preset: "digits-ct",
-                seconds: 220.0,
-                second_sigma: 0.5,
-                measured: 1000,
-                grid: (16, 160),
-            },
-            DemoData::Emoji => {
-                Self { preset: "emoji-ct", seconds: 1500.0, second_sigma: 0.8, measured: 500, grid: (12, 96) }
-            }
-        }
-    }
-}
+use plan::Plan;
+use summary::{SUMMARY_FILE, Speed, Summary};
 
 /// Points of a run at which its samples are kept for the strip.
 const SNAPSHOTS: u64 = 8;
@@ -66,52 +43,25 @@ const FIRST_SEED: u64 = 10_000;
 
 /// Runs `cm demo`.
 pub fn demo(args: &DemoArgs) -> Outcome {
-    let started = Instant::now();
-    let plan = Plan::of(args.data);
     if args.check.is_some() && args.data != DemoData::Digits {
         return Err(Failure::Usage(anyhow::anyhow!("--check is for --data digits, which has classes")));
     }
     if let Some(seconds) = args.seconds.filter(|s| !(*s >= 20.0 && s.is_finite())) {
         return Err(Failure::Usage(anyhow::anyhow!("--seconds {seconds}: expected 20 or more")));
     }
-    if args.publish {
+    if args.recipe == DemoRecipe::All {
+        return compare::all(args);
+    }
+    let plan = Plan::of(args.data, args.recipe).or_usage()?;
+    if args.publish || args.publish_only {
         publish::check(plan.preset).or_usage()?;
     }
-    let device = session::device(&args.device).or_usage()?;
-    let run_folder = args.out.join("run");
-    clear(&run_folder).or_usage()?;
-    let sets = [format!("train.seed={}", args.seed)];
-    let mut experiment = Experiment::read(&Source::find(plan.preset)?, &sets)?;
+    if args.publish_only {
+        let summary = Summary::read(&args.out.join(SUMMARY_FILE)).or_usage()?;
+        return publish::publish(&summary, &args.out).or_run();
+    }
     let stop = session::stop_on_signal()?;
-
-    eprintln!("measuring the data: a small classifier, a Gaussian fit, noise");
-    let data = Sets::open(&experiment)?;
-    let yardstick = data.yardstick(args.seed)?;
-    let left = args.seconds.unwrap_or(plan.seconds) * (1.0 - RESERVE) - started.elapsed().as_secs_f64();
-    fit_to_time(&mut experiment, device, left, args.seconds.is_some())?;
-
-    let training = Instant::now();
-    let (trainer, snapshots) = train(&experiment, device, &run_folder, &stop)?;
-    let train_seconds = training.elapsed().as_secs_f64();
-
-    let (one, two) = samples(&trainer, &plan)?;
-    let speed = Speed::new(&experiment, trainer.steps_done(), train_seconds, started.elapsed().as_secs_f64());
-    let summary = Summary {
-        preset: plan.preset.to_owned(),
-        seed: args.seed,
-        device: device_name(device),
-        threads: device::threads(),
-        parameters: trainer.student().params().num_parameters(),
-        speed,
-        second_sigma: plan.second_sigma,
-        judge: data.judge(&yardstick)?,
-        figures: data.figures(&yardstick, &one, &two, args.seed)?,
-    };
-    let drawn = Drawn { plan: &plan, one: &one, two: &two, real: data.held_out(), snapshots: &snapshots };
-    drawn.write(&args.out, &run_folder)?;
-    let model = args.out.join("model.safetensors");
-    copy_model(&run_folder, &model)?;
-    summary.write(&args.out.join("summary.json"))?;
+    let (summary, _) = one(args, &plan, &args.out, &stop)?;
     summary.print(&args.out);
     if args.publish {
         publish::publish(&summary, &args.out)?;
@@ -120,6 +70,56 @@ pub fn demo(args: &DemoArgs) -> Outcome {
         Some(bar) => summary.check(bar).or_run(),
         None => Ok(()),
     }
+}
+
+/// Trains and measures one recipe, and leaves everything about it in `out`. Returns its one-step samples too.
+fn one(args: &DemoArgs, plan: &Plan, out: &Path, stop: &AtomicBool) -> Outcome<(Summary, Tensor)> {
+    let device = session::device(&args.device).or_usage()?;
+    let run_folder = out.join("run");
+    clear(&run_folder).or_usage()?;
+    let begun = Instant::now();
+    let sets = [format!("train.seed={}", args.seed)];
+    let mut experiment = Experiment::read(&Source::find(plan.preset)?, &sets)?;
+    eprintln!("measuring the data: a small classifier, a Gaussian fit, noise");
+    let data = Sets::open(&experiment)?;
+    let yardstick = data.yardstick(args.seed)?;
+    let before = begun.elapsed().as_secs_f64();
+    let seconds = args.seconds.unwrap_or(plan.seconds);
+    let taught = plan.teacher.map(|preset| teacher::train(preset, args, seconds, out, stop)).transpose()?;
+
+    let started = Instant::now();
+    experiment.teacher = taught.as_ref().map(|teacher| teacher.model.clone());
+    let models = Start::read(&experiment)?;
+    let left = seconds * (1.0 - RESERVE) - before;
+    fit_to_time(&mut experiment, &models, device, left, args.seconds.is_some())?;
+    let (trainer, snapshots) = train(&experiment, &models, device, &run_folder, stop)?;
+    let train_seconds = started.elapsed().as_secs_f64();
+
+    let (one, two) = samples(&experiment, &trainer, plan)?;
+    let seconds = before + started.elapsed().as_secs_f64();
+    let summary = Summary {
+        preset: plan.preset.to_owned(),
+        seed: args.seed,
+        device: device_name(device),
+        threads: device::threads(),
+        parameters: trainer.student().params().num_parameters(),
+        speed: Speed::new(&experiment, trainer.steps_done(), train_seconds, seconds),
+        teacher: taught.as_ref().map(|teacher| teacher.speed.clone()),
+        second_sigma: plan.second_sigma,
+        judge: data.judge(&yardstick)?,
+        figures: data.figures(
+            &yardstick,
+            &one,
+            two.as_ref(),
+            taught.as_ref().map(|t| &t.images),
+            args.seed,
+        )?,
+    };
+    let drawn = Drawn { plan, one: &one, two: two.as_ref(), real: data.held_out(), snapshots: &snapshots };
+    drawn.write(out, &run_folder)?;
+    copy_model(&run_folder, &out.join("model.safetensors"))?;
+    summary.write(&out.join(SUMMARY_FILE))?;
+    Ok((summary, one))
 }
 
 /// The device in words, with the processor's name where the system tells it.
@@ -156,8 +156,14 @@ fn clear(run_folder: &Path) -> Result<()> {
 
 /// Sets the run's length: the preset's, or less where it would not fit into `seconds`; with `stretch` as much as
 /// fits. Schedules scale with the length.
-fn fit_to_time(experiment: &mut Experiment, device: Device, seconds: f64, stretch: bool) -> Result<()> {
-    let per_step = time_of_a_step(experiment, device)?;
+fn fit_to_time(
+    experiment: &mut Experiment,
+    models: &Start,
+    device: Device,
+    seconds: f64,
+    stretch: bool,
+) -> Result<()> {
+    let per_step = time_of_a_step(experiment, models, device)?;
     let fitting = (seconds / per_step).floor();
     if fitting < 20.0 {
         bail!(
@@ -166,6 +172,12 @@ fn fit_to_time(experiment: &mut Experiment, device: Device, seconds: f64, stretc
     }
     let train = &mut experiment.train;
     train.total_steps = if stretch { fitting as u64 } else { train.total_steps.min(fitting as u64) };
+    if let PairRule::Steps { num_scales: NumScales::ProgDist { start, steps_per_stage }, .. } =
+        &mut train.pairs
+    {
+        // All stages but the last two are of one length, and these two of twice that.
+        *steps_per_stage = (train.total_steps / u64::from(start.ilog2() + 3)).max(1);
+    }
     experiment.run.sample_every = train.total_steps.div_ceil(SNAPSHOTS);
     experiment.run.checkpoint_every = train.total_steps.div_ceil(4);
     experiment.run.log_every = (train.total_steps / 100).max(1);
@@ -173,8 +185,8 @@ fn fit_to_time(experiment: &mut Experiment, device: Device, seconds: f64, stretc
 }
 
 /// Seconds of one training step on made-up images, the faster half of a few, behind a warm-up.
-fn time_of_a_step(experiment: &Experiment, device: Device) -> Result<f64> {
-    let mut trainer = session::build_trainer(experiment, device)?;
+fn time_of_a_step(experiment: &Experiment, models: &Start, device: Device) -> Result<f64> {
+    let mut trainer = session::build_trainer(experiment, models, device)?;
     let shape = Trainable::shape(trainer.student());
     let ids: Vec<u64> = (0..experiment.train.batch as u64).collect();
     let site = Site { samples: &ids, step: 0, purpose: Purpose::Synthetic };
@@ -196,18 +208,19 @@ type Snapshots = Vec<(u64, Tensor)>;
 
 fn train(
     experiment: &Experiment,
+    models: &Start,
     device: Device,
     run_folder: &Path,
     stop: &AtomicBool,
 ) -> Outcome<(Trainer<Net>, Snapshots)> {
-    let mut trainer = session::build_trainer(experiment, device)?;
+    let mut trainer = session::build_trainer(experiment, models, device)?;
     let mut snapshots = Vec::new();
     let ending = {
         let mut keep = |step: u64, images: &Tensor| {
             snapshots.push((step, images.shallow_clone()));
             Ok(())
         };
-        let mut view = View::new(run_folder, 0, experiment.train.total_steps).with_samples(&mut keep);
+        let mut view = View::new(experiment, run_folder, 0).with_samples(&mut keep);
         let data = experiment.data.open()?;
         Run { experiment, data, folder: run_folder, stop }.train(&mut trainer, &mut view)?
     };
@@ -217,27 +230,32 @@ fn train(
     }
 }
 
-/// One-step and two-step samples of the run's first average, in [-1, 1] on the CPU.
-fn samples(trainer: &Trainer<Net>, plan: &Plan) -> Result<(Tensor, Tensor)> {
+/// One-step and, where the model has them, two-step samples of the run's first average, in [-1, 1] on the CPU.
+fn samples(experiment: &Experiment, trainer: &Trainer<Net>, plan: &Plan) -> Result<(Tensor, Option<Tensor>)> {
     let seeds: Vec<u64> = (FIRST_SEED..FIRST_SEED + plan.measured).collect();
     let request = Request { batch: 250, ..Request::new(&seeds) };
-    let draw = |model: &Net| -> Result<(Tensor, Tensor)> {
-        let times = Times::Sigmas(vec![model.sigma_range().max(), plan.second_sigma]);
-        Ok((one_step(model, &request)?, multistep(model, &times, &request)?))
+    let (rho, steps) = (experiment.precond.rho, experiment.student_steps(trainer.steps_done()));
+    let draw = |model: &Net| -> Result<(Tensor, Option<Tensor>)> {
+        let two = match (model, plan.second_sigma) {
+            (Net::Consistency(f), Some(sigma)) => {
+                let times = Times::Sigmas(vec![f.sigma_range.max(), sigma]);
+                Some(multistep(f, &times, &request)?.to_device(Device::Cpu))
+            }
+            _ => None,
+        };
+        Ok((model.draw(&request, rho, steps)?.to_device(Device::Cpu), two))
     };
-    let average = trainer.ema_names().next().map(str::to_owned);
-    let (one, two) = match average {
-        Some(name) => trainer.with_ema(&name, draw)??,
-        None => draw(trainer.student())?,
-    };
-    Ok((one.to_device(Device::Cpu), two.to_device(Device::Cpu)))
+    match trainer.ema_names().next().map(str::to_owned) {
+        Some(name) => trainer.with_ema(&name, draw)?,
+        None => draw(trainer.student()),
+    }
 }
 
 /// What the demo draws.
 struct Drawn<'a> {
     plan: &'a Plan,
     one: &'a Tensor,
-    two: &'a Tensor,
+    two: Option<&'a Tensor>,
     real: &'a Tensor,
     snapshots: &'a [(u64, Tensor)],
 }
@@ -248,7 +266,9 @@ impl Drawn<'_> {
         let grid =
             |images: &Tensor| pictures::grid(&images.narrow(0, 0, count.min(images.size()[0])), columns);
         pictures::save_png(&grid(self.one)?, &out.join("one-step.png"))?;
-        pictures::save_png(&grid(self.two)?, &out.join("two-step.png"))?;
+        if let Some(two) = self.two {
+            pictures::save_png(&grid(two)?, &out.join("two-step.png"))?;
+        }
         pictures::save_png(&grid(self.real)?, &out.join("real.png"))?;
         pictures::save_png(&pictures::strip(self.snapshots)?, &out.join("training.png"))?;
         pictures::save_png(&loss_chart(run_folder)?.draw(), &out.join("loss.png"))

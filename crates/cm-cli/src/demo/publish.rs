@@ -1,7 +1,7 @@
 //! `--publish`: the demo's figures into the marked block of docs/results.md, its pictures beside it.
 
 use std::fmt::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use cm_eval::Figures;
@@ -34,15 +34,35 @@ fn read(preset: &str) -> Result<String> {
 
 /// Replaces the block of the summary's preset and copies the pictures in `out`.
 pub fn publish(summary: &Summary, out: &Path) -> Result<()> {
-    let text = read(&summary.preset)?;
-    let text = replaced(&text, &summary.preset, &block(summary)?);
-    for name in ["one-step", "two-step", "training", "loss"] {
-        let bytes = std::fs::read(out.join(format!("{name}.png")))?;
-        let to = Path::new(PICTURES).join(format!("{}-{name}.png", summary.preset));
+    let pictures: Vec<_> = PICTURES_OF_A_DEMO
+        .iter()
+        .map(|(name, what)| (out.join(format!("{name}.png")), *name, *what))
+        .collect();
+    let has_two = summary.figures.two_step.is_some();
+    let shown: Vec<_> = pictures.into_iter().filter(|(_, name, _)| has_two || *name != "two-step").collect();
+    publish_block(&summary.preset, &block(summary)?, &shown)
+}
+
+const PICTURES_OF_A_DEMO: [(&str, &str); 4] = [
+    ("one-step", "One step"),
+    ("two-step", "Two steps"),
+    ("training", "As training went"),
+    ("loss", "The loss"),
+];
+
+/// Replaces a block, and copies pictures (file, name, what it shows), which stand below the text.
+pub fn publish_block(preset: &str, text: &str, pictures: &[(PathBuf, &str, &str)]) -> Result<()> {
+    let results = read(preset)?;
+    let mut block = text.to_owned();
+    for (from, name, what) in pictures {
+        let bytes = std::fs::read(from).with_context(|| from.display().to_string())?;
+        let to = Path::new(PICTURES).join(format!("{preset}-{name}.png"));
         write_atomic(&to, |file| std::io::Write::write_all(file, &bytes))?;
+        writeln!(block, "\n![{what}](pictures/{preset}-{name}.png)")?;
     }
-    write_atomic(Path::new(RESULTS), |file| std::io::Write::write_all(file, text.as_bytes()))?;
-    println!("published into {RESULTS} and {PICTURES}/");
+    let results = replaced(&results, preset, &block);
+    write_atomic(Path::new(RESULTS), |file| std::io::Write::write_all(file, results.as_bytes()))?;
+    println!("published {preset} into {RESULTS} and {PICTURES}/");
     Ok(())
 }
 
@@ -72,21 +92,16 @@ fn block(summary: &Summary) -> Result<String> {
         clock(speed.total_seconds)
     )?;
     writeln!(text, "| | confident | near data | class entropy | nearest |\n| --- | --- | --- | --- | --- |")?;
-    let figures = &summary.figures;
-    let two = format!("two steps (σ = {})", summary.second_sigma);
-    for (name, row) in [
-        ("one step", &figures.one_step),
-        (two.as_str(), &figures.two_step),
-        ("held-out real images", &figures.held_out_real),
-        ("Gaussian fit", &figures.gaussian_fit),
-        ("noise", &figures.noise),
-    ] {
-        writeln!(text, "{}", row_of(name, row))?;
+    for (name, row) in summary.rows() {
+        writeln!(text, "{}", row_of(&name, row))?;
     }
-    for (name, what) in
-        [("one-step", "One step"), ("two-step", "Two steps"), ("training", "As training went")]
-    {
-        writeln!(text, "\n![{what}](pictures/{}-{name}.png)", summary.preset)?;
+    if let Some(teacher) = &summary.teacher {
+        writeln!(
+            text,
+            "\nIts teacher was trained before that: {} steps in {}.",
+            teacher.steps,
+            clock(teacher.total_seconds)
+        )?;
     }
     Ok(text)
 }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use cm_eval::Figures;
 use serde::{Deserialize, Serialize};
 
@@ -48,15 +48,20 @@ pub struct Summary {
     pub threads: usize,
     /// Trained parameters of the network.
     pub parameters: i64,
-    /// How long it took.
+    /// How long it took, without the teacher.
     pub speed: Speed,
-    /// The second noise level of the two-step samples.
-    pub second_sigma: f64,
+    /// How long the teacher took, where there is one.
+    pub teacher: Option<Speed>,
+    /// The second noise level of the two-step samples, where the model has them.
+    pub second_sigma: Option<f64>,
     /// Who judged the samples.
     pub judge: Judge,
     /// The figures.
     pub figures: Compared,
 }
+
+/// The file of the figures.
+pub const SUMMARY_FILE: &str = "summary.json";
 
 const SHARE: f64 = 0.60;
 const ENTROPY: f64 = 2.1;
@@ -68,6 +73,34 @@ impl Summary {
     pub fn write(&self, path: &Path) -> Result<()> {
         let text = serde_json::to_string_pretty(self)? + "\n";
         Ok(cm_model::files::write_atomic(path, |file| std::io::Write::write_all(file, text.as_bytes()))?)
+    }
+
+    /// Reads the `summary.json` of a finished demo.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read(path)
+            .with_context(|| format!("{}: expected what a finished demo leaves in --out", path.display()))?;
+        serde_json::from_slice(&text).with_context(|| path.display().to_string())
+    }
+
+    /// The figures with their names: samples first, then what they are compared with.
+    pub fn rows(&self) -> Vec<(String, &Figures)> {
+        let figures = &self.figures;
+        let two =
+            self.second_sigma.map_or("two steps".to_owned(), |sigma| format!("two steps (σ = {sigma})"));
+        let rows = [
+            ("one step".to_owned(), Some(&figures.one_step)),
+            (two, figures.two_step.as_ref()),
+            ("teacher (35 evaluations)".to_owned(), figures.teacher.as_ref()),
+            ("held-out real images".to_owned(), Some(&figures.held_out_real)),
+            ("Gaussian fit".to_owned(), Some(&figures.gaussian_fit)),
+            ("noise".to_owned(), Some(&figures.noise)),
+        ];
+        rows.into_iter().filter_map(|(name, row)| Some((name, row?))).collect()
+    }
+
+    /// The figures of the one-step samples and the number of training steps, in columns.
+    pub fn line(&self) -> String {
+        format!("{} {:>9}", columns(&self.figures.one_step), self.speed.steps)
     }
 
     /// Prints the closing summary.
@@ -85,16 +118,16 @@ impl Summary {
             speed.steps_per_second,
             speed.images_per_second
         );
-        println!("{:<18} {:>10} {:>12} {:>9} {:>9}", "", "confident", "near data", "entropy", "nearest");
-        let figures = &self.figures;
-        for (name, row) in [
-            ("one step", &figures.one_step),
-            ("two steps", &figures.two_step),
-            ("held-out real", &figures.held_out_real),
-            ("Gaussian fit", &figures.gaussian_fit),
-            ("noise", &figures.noise),
-        ] {
-            print_row(name, row);
+        if let Some(teacher) = &self.teacher {
+            println!(
+                "its teacher: {} steps in {} before that\n",
+                teacher.steps,
+                clock(teacher.total_seconds)
+            );
+        }
+        println!("{:<25} {:>10} {:>12} {:>9} {:>9}", "", "confident", "near data", "entropy", "nearest");
+        for (name, row) in self.rows() {
+            print_row(&name, row);
         }
         if let Some(accuracy) = self.judge.classifier_accuracy {
             println!(
@@ -112,7 +145,9 @@ impl Summary {
             ("real.png", "held-out real images"),
             ("summary.json", "these figures"),
         ] {
-            println!("{:<32} {what}", out.join(file).display());
+            if out.join(file).is_file() {
+                println!("{:<32} {what}", out.join(file).display());
+            }
         }
         let model = out.join("model.safetensors");
         println!("\ntry next: cargo xtask cm sample {} --seeds 0-63", model.display());
@@ -155,12 +190,16 @@ impl Summary {
 }
 
 fn print_row(name: &str, row: &Figures) {
+    println!("{name:<25} {}", columns(row));
+}
+
+fn columns(row: &Figures) -> String {
     let optional = |value: Option<f64>| value.map_or("-".to_owned(), |v| format!("{v:.3}"));
-    println!(
-        "{name:<18} {:>10} {:>12.3} {:>9} {:>9.3}",
+    format!(
+        "{:>10} {:>12.3} {:>9} {:>9.3}",
         optional(row.confident_share),
         row.near_share,
         optional(row.class_entropy),
         row.nearest_distance
-    );
+    )
 }

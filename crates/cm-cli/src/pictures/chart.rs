@@ -94,6 +94,13 @@ impl Chart {
     }
 }
 
+/// A picture with a line of text that begins at a point.
+pub fn with_text(picture: RgbImage, text: &str, at: (i32, i32)) -> RgbImage {
+    let mut canvas = Canvas(picture);
+    canvas.text(text, Point::new(at.0, at.1), Rgb888::BLACK, Alignment::Left);
+    canvas.0
+}
+
 struct Axis {
     low: f64,
     high: f64,

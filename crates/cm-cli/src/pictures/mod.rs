@@ -43,6 +43,20 @@ pub fn strip(snapshots: &[(u64, Tensor)]) -> Result<RgbImage> {
     Ok(out)
 }
 
+/// Small grids side by side, each below its name.
+pub fn side_by_side(columns: &[(String, Tensor)]) -> Result<RgbImage> {
+    const HEAD: u32 = 24;
+    let images: Vec<(u64, Tensor)> = columns.iter().map(|(_, images)| (0, images.shallow_clone())).collect();
+    let grids = strip(&images)?;
+    let mut out = RgbImage::from_pixel(grids.width(), grids.height() + HEAD, Rgb([255, 255, 255]));
+    imageops::replace(&mut out, &grids, 0, i64::from(HEAD));
+    let width = grids.width() as usize / columns.len().max(1);
+    for (i, (name, _)) in columns.iter().enumerate() {
+        out = chart::with_text(out, name, ((i * width + 4) as i32, 16));
+    }
+    Ok(out)
+}
+
 fn small_grid(images: &Tensor) -> Result<RgbImage> {
     let images = images.narrow(0, 0, images.size()[0].min(16));
     let shape = shape_of(&images);

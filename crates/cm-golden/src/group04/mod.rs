@@ -1,5 +1,8 @@
 //! Group 04: losses with their gradients, the optimiser and the averages.
 
+pub mod diffusion;
+pub mod teachers;
+
 use std::cell::RefCell;
 
 use cm_model::{Cond, ImageShape, Init, Mode, Params, ParamsBuilder, Preconditioned, Sigma};
@@ -152,7 +155,7 @@ fn recorded_pairs(golden: &Golden, grid: &KarrasGrid, sigma_data: f64) -> Result
     Ok(Pairs::new(pairs, weighting, sigma_data))
 }
 
-/// What the network was given, in units of the level σ that the pair starts from.
+/// What the network was given at its one evaluation, in units of the level σ that the pair starts from.
 ///
 /// Where σ is so small that the tolerance is finer than float32 holds the image itself, two units in the last place
 /// of it are allowed: the reference reaches x_t2 by a solver step from x_t, this project goes there directly.
@@ -167,11 +170,19 @@ fn points(
     let [(x, _)] = calls.as_slice() else {
         return problem(format!("{} evaluations for '{name}'", calls.len()));
     };
+    let unit = unit(&checks.golden.want(name)?, sigmas, 2.0 * f64::from(f32::EPSILON) / tolerance);
+    scaled(checks, name, x, &unit, tolerance)
+}
+
+/// The levels σ, and where they are smaller this share of the values of `x`.
+fn unit(x: &Tensor, sigmas: &[f64], share: f64) -> Tensor {
+    let levels = Sigma::Each(sigmas).broadcast(Device::Cpu, |sigma| sigma).to_kind(Kind::Double);
+    levels.maximum(&(x.to_kind(Kind::Double).abs() * share))
+}
+
+fn scaled(checks: &mut Checks<'_>, name: &str, x: &Tensor, unit: &Tensor, tolerance: f64) -> Result<()> {
     let want = checks.golden.want(name)?.to_kind(Kind::Double);
-    let resolution = want.abs() * (2.0 * f64::from(f32::EPSILON) / tolerance);
-    let unit =
-        Sigma::Each(sigmas).broadcast(Device::Cpu, |sigma| sigma).to_kind(Kind::Double).maximum(&resolution);
-    checks.between(name, &(x.to_kind(Kind::Double) / &unit), &(want / &unit), Tolerance::Abs(tolerance));
+    checks.between(name, &(x.to_kind(Kind::Double) / unit), &(want / unit), Tolerance::Abs(tolerance));
     Ok(())
 }
 

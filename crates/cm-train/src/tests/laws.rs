@@ -5,8 +5,8 @@ use tch::{Device, Kind, Tensor};
 
 use crate::testing::{LEVELS, Model, SHAPE, batch, mlp, spec, trainer};
 use crate::{
-    Batch, Distance, Example, Losses, Metric, PairRule, Pairs, Target, TargetRule, TrainSpec, Trainable,
-    Trainer, consistency_loss,
+    Batch, Distance, Example, Losses, Metric, Networks, PairRule, Pairs, Target, TargetRule, TrainSpec,
+    Trainable, Trainer, consistency_loss,
 };
 
 /// The consistency function of data N(0, s²) with s as its only parameter: f(x, σ) = x √((s² + ε²)/(s² + σ²)).
@@ -128,7 +128,7 @@ fn training_reaches_the_fixed_point() {
         emas: vec![EmaRule::Beta { beta: 0.99 }],
         ..spec()
     };
-    let mut trainer = Trainer::new(Gaussian::new(0.9), None, &spec, LEVELS).unwrap();
+    let mut trainer = Trainer::new(Networks::of(Gaussian::new(0.9)), &spec, LEVELS).unwrap();
     // ± 0.5 has the second moment of N(0, 0.25), and the loss sees no other.
     let signs: Vec<f32> = (0..1024).map(|i| if i % 2 == 0 { 0.5 } else { -0.5 }).collect();
     let batch = Batch { images: images(&signs), cond: Cond::none() };

@@ -2,5 +2,6 @@
 
 mod checkpoints;
 mod laws;
+mod recipes;
 mod runs;
 mod steps;

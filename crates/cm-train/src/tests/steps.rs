@@ -4,7 +4,7 @@ use cm_torch::optim::OptimKind;
 use tch::{Device, Kind, Tensor};
 
 use crate::testing::{LEVELS, Model, SHAPE, batch, mlp, spec, trainer};
-use crate::{Batch, Error, TargetRule, TrainSpec, Trainable, Trainer};
+use crate::{Batch, Error, Networks, TargetRule, TrainSpec, Trainable, Trainer};
 
 /// Every tensor of a trainer's state.
 fn state(trainer: &Trainer<Model>) -> TensorMap {
@@ -159,7 +159,7 @@ impl Trainable for Spoilt {
 #[test]
 fn the_tensor_that_spoils_a_gradient_is_named_or_repaired() {
     let live = TrainSpec { target: TargetRule::Live {}, ..spec() };
-    let mut trainer = Trainer::new(Spoilt::new(), None, &live, LEVELS).unwrap();
+    let mut trainer = Trainer::new(Networks::of(Spoilt::new()), &live, LEVELS).unwrap();
     let error = trainer.step(&batch(0, 12)).unwrap_err().to_string();
     assert!(error.contains("step 1") && error.contains("'spoilt'"), "{error}");
     let value = |trainer: &Trainer<Spoilt>| {
@@ -167,7 +167,7 @@ fn the_tensor_that_spoils_a_gradient_is_named_or_repaired() {
     };
     assert_eq!(value(&trainer), [1.0, 0.0]);
     let repaired = TrainSpec { replace_non_finite: Some(1e5), grad_clip: Some(1.0), ..live };
-    let mut trainer = Trainer::new(Spoilt::new(), None, &repaired, LEVELS).unwrap();
+    let mut trainer = Trainer::new(Networks::of(Spoilt::new()), &repaired, LEVELS).unwrap();
     let report = trainer.step(&batch(0, 12)).unwrap();
     let [good, spoilt] = value(&trainer);
     assert!(!report.grad_norm.is_finite() && good != 1.0 && spoilt.is_finite());
@@ -176,7 +176,9 @@ fn the_tensor_that_spoils_a_gradient_is_named_or_repaired() {
 #[test]
 fn trainers_refuse_what_does_not_fit() {
     let error = |spec: TrainSpec, target: Option<Model>| {
-        Trainer::new(mlp(0, 0.0), target, &spec, LEVELS).unwrap_err().to_string()
+        Trainer::new(Networks { student: mlp(0, 0.0), target, teacher: None }, &spec, LEVELS)
+            .unwrap_err()
+            .to_string()
     };
     assert!(error(spec(), None).contains("train.target.kind = ema"));
     let live = TrainSpec { target: TargetRule::Live {}, ..spec() };

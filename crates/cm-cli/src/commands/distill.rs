@@ -1,0 +1,69 @@
+//! `cm distill`: a teacher, and the experiment that distils it.
+
+use std::path::Path;
+
+use anyhow::{Result, bail};
+use cm_train::Method;
+
+use super::train;
+use crate::args::DistillArgs;
+use crate::config::{PRESETS, Source};
+use crate::exit::{OrUsage, Outcome};
+use crate::experiment::Experiment;
+use crate::sources::{ModelSource, differences};
+
+/// Runs `cm distill`.
+pub fn distill(args: &DistillArgs) -> Outcome {
+    let config = match (&args.config, &args.teacher) {
+        (None, Some(teacher)) if !args.run.resume => Some(preset_for(teacher).or_usage()?),
+        (config, _) => config.clone(),
+    };
+    let (mut experiment, folder) = train::read(config.as_deref(), &args.run).or_usage()?;
+    if let Some(teacher) = &args.teacher {
+        let source = ModelSource::at(teacher).or_usage()?;
+        match experiment.train.recipe().method() {
+            Method::Distillation(_) | Method::Progressive { .. } => experiment.teacher = Some(source),
+            // These recipes have no teacher at their side; they start from its weights.
+            Method::Consistency | Method::Denoising => experiment.init = Some(source),
+        }
+    }
+    train::start_with_data(experiment, &folder, args.data.as_deref(), &args.run)
+}
+
+/// The preset of consistency distillation as the paper has it (they are named `…-cd`) that fits a teacher.
+fn preset_for(teacher: &Path) -> Result<String> {
+    let file = ModelSource::at(teacher)?.read()?;
+    let mut fitting = Vec::new();
+    for (name, _) in PRESETS {
+        let experiment = Experiment::read(&Source::find(name)?, &[])?;
+        if differences(&file.spec.net, &file.spec.precond, &experiment).is_empty() {
+            fitting.push((*name, experiment.train.recipe().method()));
+        }
+    }
+    let distils =
+        |(name, method): &&(&str, Method)| matches!(method, Method::Distillation(_)) && name.ends_with("-cd");
+    let choices: Vec<&str> = fitting.iter().filter(distils).map(|(name, _)| *name).collect();
+    let path = teacher.display();
+    match (choices.as_slice(), fitting.as_slice()) {
+        ([one], _) => {
+            eprintln!(
+                "config: preset {one}, which distils networks such as {path}; --config chooses another"
+            );
+            Ok((*one).to_owned())
+        }
+        ([], []) => bail!(
+            "{path}: no preset has a network like it; write an experiment of your own, from the output of \
+             cm preset show cifar10-cd and of cm model info {path}, and name it with --config"
+        ),
+        ([], others) => bail!(
+            "{path}: no preset of consistency distillation has a network like it; name one of those that can \
+             start from it with --config: {}",
+            names(others)
+        ),
+        (several, _) => bail!("{path}: several presets fit it; choose with --config: {}", several.join(", ")),
+    }
+}
+
+fn names(presets: &[(&str, Method)]) -> String {
+    presets.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
+}

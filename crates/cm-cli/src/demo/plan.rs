@@ -1,0 +1,60 @@
+//! What the demo does for a data set and a recipe.
+
+use anyhow::{Result, bail};
+
+use crate::args::{DemoData, DemoRecipe};
+
+/// What differs between the demo's data sets and recipes.
+pub struct Plan {
+    /// The experiment.
+    pub preset: &'static str,
+    /// The experiment of the teacher, where the recipe needs one.
+    pub teacher: Option<&'static str>,
+    /// Time for everything but the teacher, in seconds, and as much again for the teacher.
+    pub seconds: f64,
+    /// The second noise level of two-step samples; `None` for a model that has but one step.
+    pub second_sigma: Option<f64>,
+    /// Images that are measured.
+    pub measured: u64,
+    /// Columns and number of images of the sample grids.
+    pub grid: (usize, i64),
+}
+
+impl Plan {
+    /// The plan of one recipe.
+    ///
+    /// # Errors
+    /// For a recipe that is not set up for the data.
+    pub fn of(data: DemoData, recipe: DemoRecipe) -> Result<Self> {
+        let (preset, teacher) = match (data, recipe) {
+            (DemoData::Digits, DemoRecipe::Ect) => ("digits-ect", None),
+            (DemoData::Digits, DemoRecipe::Ict) => ("digits-ict", None),
+            (DemoData::Digits, DemoRecipe::Ct) => ("digits-ct", None),
+            (DemoData::Digits, DemoRecipe::Cd) => ("digits-cd", Some("digits-edm")),
+            (DemoData::Digits, DemoRecipe::Pd) => ("digits-pd", Some("digits-edm")),
+            (DemoData::Emoji, DemoRecipe::Ect) => ("emoji-ect", None),
+            (DemoData::Emoji, _) => {
+                bail!("--data emoji: its demo knows --recipe ect alone; the others take digits")
+            }
+            (_, DemoRecipe::All) => bail!("--recipe all is several recipes"),
+        };
+        let digits = Self {
+            preset,
+            teacher,
+            seconds: 220.0,
+            second_sigma: (recipe != DemoRecipe::Pd).then_some(0.5),
+            measured: 1000,
+            grid: (16, 160),
+        };
+        Ok(match data {
+            DemoData::Digits => digits,
+            DemoData::Emoji => {
+                Self { seconds: 1500.0, second_sigma: Some(0.8), measured: 500, grid: (12, 96), ..digits }
+            }
+        })
+    }
+}
+
+/// The recipes of `--recipe all`, in the order in which they are shown.
+pub const ALL: [DemoRecipe; 5] =
+    [DemoRecipe::Pd, DemoRecipe::Cd, DemoRecipe::Ct, DemoRecipe::Ict, DemoRecipe::Ect];
