@@ -23,8 +23,8 @@ fn binary() -> &'static Path {
         let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
         cargo.args([
             "build",
-            "--package",
-            "cm-cli",
+            // Not the package alone: its dependencies would be built once more, with fewer features.
+            "--workspace",
             "--bin",
             "cm",
             "--message-format",

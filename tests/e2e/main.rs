@@ -1,6 +1,7 @@
 //! End-to-end tests: whatever a user can do with `cm`, done through `cm`.
 
 mod data;
+mod distill;
 mod inform;
 mod sample;
 mod train;
