@@ -2,6 +2,7 @@
 
 mod data;
 mod inform;
+mod lpips;
 mod sample;
 mod train;
 mod wrong;

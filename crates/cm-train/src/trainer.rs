@@ -1,4 +1,6 @@
-use cm_model::{Cond, Mode, NoiseSource, Philox, Site};
+use std::rc::Rc;
+
+use cm_model::{Cond, ImageDistance, Mode, NoiseSource, Philox, Site};
 use cm_schedule::EmaRule;
 use cm_schedule::rng::Purpose;
 use cm_torch::optim::{self, EmaTarget, Optimizer, StepOptions};
@@ -88,10 +90,24 @@ impl<M: Trainable> Trainer<M> {
     /// [`crate::TargetRule::has_network`].
     ///
     /// # Errors
-    /// [`Error::Setting`] and [`Error::MissingMetric`] for settings that cannot be used, [`Error::Model`] if the
+    /// [`Error::Setting`] and [`Error::MissingWeights`] for settings that cannot be used, [`Error::Model`] if the
     /// target's architecture is not the student's.
     pub fn new(student: M, target: Option<M>, spec: &TrainSpec, levels: Levels) -> Result<Self> {
-        let distance = spec.check(student.shape())?;
+        Self::with_perceptual(student, target, spec, levels, None)
+    }
+
+    /// [`Trainer::new`] with what LPIPS measures with; see [`crate::Metric::build_with`].
+    ///
+    /// # Errors
+    /// As [`Trainer::new`].
+    pub fn with_perceptual(
+        student: M,
+        target: Option<M>,
+        spec: &TrainSpec,
+        levels: Levels,
+        perceptual: Option<Rc<dyn ImageDistance>>,
+    ) -> Result<Self> {
+        let distance = spec.check_with(student.shape(), perceptual)?;
         if target.is_some() != spec.target.has_network() {
             let expected = if target.is_some() { "ema" } else { "live" };
             return Err(Error::setting(

@@ -12,10 +12,11 @@ use cm_net::ModelSpec;
 use cm_sampler::{Request, one_step};
 use cm_schedule::Boundary;
 use cm_torch::device::DeviceSpec;
-use cm_train::{BoxError, Ending, Observer, Session, StepReport, Trainer, Weights};
+use cm_train::{BoxError, Ending, Metric, Observer, Session, StepReport, Trainer, Weights};
 use tch::{Device, Tensor};
 
 use crate::experiment::Experiment;
+use crate::lpips;
 use crate::pictures;
 use crate::runs::CONFIG_FILE;
 use crate::ui::Bar;
@@ -45,9 +46,11 @@ pub fn build_net(experiment: &Experiment, device: Device) -> Result<Net> {
 
 /// A trainer before its first step.
 pub fn build_trainer(experiment: &Experiment, device: Device) -> Result<Trainer<Net>> {
+    let shape = experiment.network.image_shape();
+    let perceptual = lpips::load_metric(&experiment.train.metric, shape, device)?;
     let student = build_net(experiment, device)?;
     let target = experiment.train.target.has_network().then(|| build_net(experiment, device)).transpose()?;
-    Ok(Trainer::new(student, target, &experiment.train, experiment.levels()?)?)
+    Ok(Trainer::with_perceptual(student, target, &experiment.train, experiment.levels()?, perceptual)?)
 }
 
 /// A stop flag that Ctrl-C (and a request to terminate) sets; the second one ends the process at once.
@@ -86,9 +89,12 @@ impl Run<'_> {
         let device = trainer.device();
         let mut source = super::batches::Batches::open(self.experiment, self.data.clone(), device)?;
         let spec = self.experiment.model_spec();
-        // A model file travels: the place of its training data on this machine stays here.
+        // A model file travels: the places of data and of weights on this machine stay here.
         let mut portable = self.experiment.clone();
         portable.data.path = None;
+        if let Metric::Lpips { weights, .. } = &mut portable.train.metric {
+            *weights = None;
+        }
         let portable = portable.to_toml()?;
         let metadata = |weights: Weights<'_>, step: u64| describe(&spec, &portable, weights, step);
         let session =
