@@ -68,10 +68,15 @@ fn row<'a>(text: &'a str, name: &str) -> &'a str {
 #[test]
 fn a_dry_run_needs_no_data_and_measures_the_papers_network() {
     let sandbox = Sandbox::new();
-    // The metric of the paper has no code yet and its data is not here: neither is needed.
+    // Neither the weights of the paper's metric nor its data are here, and neither is needed.
     let dry = sandbox.cm("train-cifar10 --dry-run --device cpu").run().ok();
     assert_eq!(row(&dry.stdout, "parameters"), "56395523");
-    for words in ["memory model, micro-batch 1", "memory model, micro-batch 512: ", "made-up pixels"] {
+    for words in [
+        "memory model, micro-batch 1",
+        "memory model, micro-batch 512: ",
+        "made-up pixels",
+        "lpips (vgg16, piq), with random weights",
+    ] {
         assert!(dry.stdout.contains(words), "{words}: {}", dry.stdout);
     }
     let gigabytes: f64 = row(&dry.stdout, "measured peak").trim_end_matches(" GB").parse().unwrap();

@@ -3,6 +3,7 @@
 mod data;
 mod distill;
 mod inform;
+mod lpips;
 mod sample;
 mod train;
 mod wrong;

@@ -53,10 +53,24 @@ fn experiments_that_are_nowhere() {
 }
 
 #[test]
-fn a_metric_that_has_no_code_names_the_way_out() {
+fn lpips_without_weights_names_the_file_and_the_way_to_it() {
     let sandbox = Sandbox::new();
-    let words = ["train.metric = lpips", "l1, l2, l2_32, pseudo_huber", "--set train.metric="];
+    let words = [
+        "train.metric = lpips",
+        "data/lpips/lpips-vgg16.safetensors",
+        "cargo xtask fetch lpips",
+        "cm model import FILE --as lpips-vgg16 -o",
+        "--set train.metric=",
+    ];
     refused(&sandbox, train(&sandbox).set(&["train.metric=lpips"]), &words);
+    let own = "train.metric={kind='lpips', net='alex', weights='own.safetensors'}";
+    refused(&sandbox, train(&sandbox).set(&[own]), &["own.safetensors", "fetch lpips --net alex"]);
+    sandbox.write("own.safetensors", "torn");
+    refused(&sandbox, train(&sandbox).set(&[own]), &["own.safetensors", "not a whole safetensors file"]);
+    fs::remove_file(sandbox.path("own.safetensors")).unwrap();
+    // The authors' reading takes images as they are.
+    let small = "train.metric={kind='lpips', net='alex', reading='package'}";
+    refused(&sandbox, train(&sandbox).set(&[small]), &["train.metric", "at least 31×31", "1×8×8"]);
     // The paper's settings: metric and data are both missing, and nothing is downloaded for a run that cannot start.
     let words = [&words[..], &["cifar-10-binary.tar.gz", "cargo xtask demo"]].concat();
     refused(&sandbox, sandbox.cm("train-cifar10 --device cpu --out run"), &words);

@@ -80,9 +80,10 @@ impl Experiment {
         self.precond.boundary().context("precond")?;
         self.run.check()?;
         let shape = self.network.image_shape();
-        // LPIPS is checked where it is used: a dry run does without.
+        crate::lpips::check(&self.train.metric, shape)?;
+        // Weights of LPIPS are looked for where they are used: a dry run does without.
         match self.train.check(shape) {
-            Err(cm_train::Error::MissingMetric { .. }) | Ok(_) => Ok(()),
+            Err(cm_train::Error::MissingWeights { .. }) | Ok(_) => Ok(()),
             Err(error) => Err(error.into()),
         }
     }

@@ -9,6 +9,7 @@ mod config;
 mod demo;
 mod exit;
 mod experiment;
+mod lpips;
 mod net;
 mod pictures;
 mod runs;

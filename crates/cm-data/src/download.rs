@@ -1,7 +1,7 @@
 //! Fetching a published file: with progress, resumed where it tore, checked, and renamed into place.
 //!
 //! What has arrived lies in `NAME.partial` beside the final place and stays there on any failure, so that the next
-//! attempt asks for the rest alone (HTTP Range). Only a file whose MD5 is right gets its name.
+//! attempt asks for the rest alone (HTTP Range). Only a file whose checksum is right gets its name.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use md5::{Digest, Md5};
+use sha2::Sha256;
 use ureq::Agent;
 use ureq::http::StatusCode;
 use ureq::http::header::{CONTENT_RANGE, RANGE};
@@ -25,6 +26,50 @@ pub struct Progress {
     pub total: Option<u64>,
 }
 
+/// What a published file is known by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Checksum {
+    /// Its MD5, 32 hexadecimal digits in lower case.
+    Md5(String),
+    /// The first hexadecimal digits of its SHA-256, in lower case: PyTorch's files carry eight of them in their names.
+    Sha256Prefix(String),
+}
+
+impl Checksum {
+    /// Compares a file with it.
+    ///
+    /// # Errors
+    /// [`Error::Checksum`] with both digests; [`Error::Io`] if the file cannot be read.
+    pub fn check(&self, path: &Path) -> Result<()> {
+        let (kind, expected, digest) = match self {
+            Self::Md5(expected) => ("MD5", expected, digest::<Md5>(path)?),
+            Self::Sha256Prefix(expected) => ("SHA-256", expected, digest::<Sha256>(path)?),
+        };
+        let right = match self {
+            Self::Md5(_) => digest == *expected,
+            Self::Sha256Prefix(_) => digest.starts_with(expected.as_str()),
+        };
+        if right {
+            return Ok(());
+        }
+        Err(Error::Checksum { path: path.into(), kind, expected: expected.clone(), got: digest })
+    }
+}
+
+/// A file's digest in hexadecimal digits.
+fn digest<D: Digest>(path: &Path) -> Result<String> {
+    let mut file = File::open(path).map_err(Error::io("read", path))?;
+    let mut hash = D::new();
+    let mut piece = vec![0; 1 << 16];
+    loop {
+        let got = file.read(&mut piece).map_err(Error::io("read", path))?;
+        if got == 0 {
+            return Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect());
+        }
+        hash.update(&piece[..got]);
+    }
+}
+
 /// A file to fetch.
 #[derive(Debug, Clone)]
 pub struct Download {
@@ -32,8 +77,10 @@ pub struct Download {
     pub url: String,
     /// Where it goes.
     pub to: PathBuf,
-    /// Its MD5, 32 hexadecimal digits in lower case.
-    pub md5: String,
+    /// What it is known by.
+    pub checksum: Checksum,
+    /// What else a person may do who cannot fetch it, as the end of a sentence.
+    pub otherwise: &'static str,
     /// Attempts in a row that may bring nothing; one that brings bytes starts the count anew.
     pub attempts: u32,
     /// The wait before the second of them; it doubles each time.
@@ -51,15 +98,16 @@ enum Outcome {
 }
 
 impl Download {
+    /// The file at `url`, into `to`.
+    pub fn new(url: &str, to: PathBuf, checksum: Checksum, otherwise: &'static str) -> Self {
+        Self { url: url.into(), to, checksum, otherwise, attempts: 4, pause: Duration::from_secs(1) }
+    }
+
     /// CIFAR-10's binary archive, into `folder`.
     pub fn cifar10(folder: &Path) -> Self {
-        Self {
-            url: cifar::URL.into(),
-            to: folder.join(cifar::ARCHIVE),
-            md5: cifar::MD5.into(),
-            attempts: 4,
-            pause: Duration::from_secs(1),
-        }
+        let checksum = Checksum::Md5(cifar::MD5.into());
+        let otherwise = "or run `cargo xtask demo`, which needs no download";
+        Self::new(cifar::URL, folder.join(cifar::ARCHIVE), checksum, otherwise)
     }
 
     /// Where bytes gather until the file is whole.
@@ -69,7 +117,7 @@ impl Download {
         name.into()
     }
 
-    /// Fetches the file, or returns at once if it is there with the right MD5. Returns its path.
+    /// Fetches the file, or returns at once if it is there with the right checksum. Returns its path.
     ///
     /// `progress` is called after each piece that was written.
     ///
@@ -78,7 +126,7 @@ impl Download {
     /// the one that came, is another; [`Error::Io`] if the disk refuses.
     pub fn run(&self, progress: &mut dyn FnMut(Progress)) -> Result<PathBuf> {
         if self.to.is_file() {
-            check_md5(&self.to, &self.md5)?;
+            self.checksum.check(&self.to)?;
             return Ok(self.to.clone());
         }
         let folder = self.to.parent().unwrap_or(Path::new("."));
@@ -99,12 +147,12 @@ impl Download {
             Err(TryLockError::Error(cause)) => return Err(Error::io("lock", &path)(cause)),
         }
         let resumed = self.fetch(&mut file, &path, progress)?;
-        let mut checked = check_md5(&path, &self.md5);
+        let mut checked = self.checksum.check(&path);
         if resumed && matches!(checked, Err(Error::Checksum { .. })) {
             // The older part may be of another version; from the start it is the server's file or nobody's.
             file.set_len(0).map_err(Error::io("write", &path))?;
             self.fetch(&mut file, &path, progress)?;
-            checked = check_md5(&path, &self.md5);
+            checked = self.checksum.check(&path);
         }
         if matches!(checked, Err(Error::Checksum { .. })) {
             // Kept, it would be resumed from and fail again for ever.
@@ -200,7 +248,7 @@ impl Download {
     fn failed(&self, reason: String) -> Error {
         let file = self.to.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
         let place = self.to.parent().unwrap_or(Path::new(".")).to_path_buf();
-        Error::Download { url: self.url.clone(), reason, file, place }
+        Error::Download { url: self.url.clone(), reason, file, place, otherwise: self.otherwise }
     }
 }
 
@@ -223,28 +271,6 @@ fn content_range(text: &str) -> Option<(Option<u64>, Option<u64>)> {
     Some((first, total.trim().parse().ok()))
 }
 
-/// Compares a file's MD5 with the published one.
-///
-/// # Errors
-/// [`Error::Checksum`] with both digests; [`Error::Io`] if the file cannot be read.
-pub fn check_md5(path: &Path, expected: &str) -> Result<()> {
-    let mut file = File::open(path).map_err(Error::io("read", path))?;
-    let mut hash = Md5::new();
-    let mut piece = vec![0; 1 << 16];
-    loop {
-        let got = file.read(&mut piece).map_err(Error::io("read", path))?;
-        if got == 0 {
-            break;
-        }
-        hash.update(&piece[..got]);
-    }
-    let got: String = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
-    if got == expected {
-        return Ok(());
-    }
-    Err(Error::Checksum { path: path.into(), expected: expected.into(), got })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -258,13 +284,20 @@ mod tests {
     }
 
     #[test]
-    fn md5_is_that_of_the_standard() {
+    fn digests_are_those_of_the_standards() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("abc");
         std::fs::write(&path, "abc").unwrap();
         // RFC 1321, A.5
-        check_md5(&path, "900150983cd24fb0d6963f7d28e17f72").unwrap();
-        let error = check_md5(&path, "00").unwrap_err().to_string();
+        let md5 = |digits: &str| Checksum::Md5(digits.into()).check(&path);
+        md5("900150983cd24fb0d6963f7d28e17f72").unwrap();
+        assert!(md5("900150983cd24fb0").is_err(), "a part of an MD5 is not enough");
+        let error = md5("00").unwrap_err().to_string();
         assert!(error.contains("expected MD5 00, got 900150983cd24fb0d6963f7d28e17f72"), "{error}");
+        // FIPS 180-2, B.1
+        let sha256 = |digits: &str| Checksum::Sha256Prefix(digits.into()).check(&path);
+        sha256("ba7816bf").unwrap();
+        let error = sha256("ba7816be").unwrap_err().to_string();
+        assert!(error.contains("expected SHA-256 ba7816be, got ba7816bf8f01cfea4141"), "{error}");
     }
 }

@@ -167,7 +167,7 @@ pub enum Error {
     },
     /// A download did not come to its end.
     #[error(
-        "cannot download {url}: {reason}; put {file} into {} by hand (the part fetched so far is kept and resumed), or run `cargo xtask demo`, which needs no download",
+        "cannot download {url}: {reason}; put {file} into {} by hand (the part fetched so far is kept and resumed), {otherwise}",
         place.display()
     )]
     Download {
@@ -179,13 +179,17 @@ pub enum Error {
         file: String,
         /// The folder that it belongs into.
         place: PathBuf,
+        /// What else a person may do.
+        otherwise: &'static str,
     },
-    /// A file's MD5 is not the published one.
-    #[error("{}: expected MD5 {expected}, got {got}; the file is damaged or another version: delete it and fetch it again", path.display())]
+    /// A file's checksum is not the published one.
+    #[error("{}: expected {kind} {expected}, got {got}; the file is damaged or another version: delete it and fetch it again", path.display())]
     Checksum {
         /// The file.
         path: PathBuf,
-        /// The published digest.
+        /// The kind of checksum.
+        kind: &'static str,
+        /// The published digest, or the beginning of it that is known.
         expected: String,
         /// The digest found.
         got: String,

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use cm_data::download::{Download, Progress};
+use cm_data::download::{Checksum, Download, Progress};
 use cm_data::{Dataset, Error, Split, cifar};
 use md5::{Digest, Md5};
 
@@ -125,7 +125,8 @@ fn md5(bytes: &[u8]) -> String {
 
 fn download(server: &Server, folder: &Path, md5: String) -> Download {
     let pause = Duration::from_millis(1);
-    Download { url: server.url.clone(), md5, attempts: 2, pause, ..Download::cifar10(folder) }
+    let checksum = Checksum::Md5(md5);
+    Download { url: server.url.clone(), checksum, attempts: 2, pause, ..Download::cifar10(folder) }
 }
 
 fn quiet(_: Progress) {}
@@ -226,6 +227,25 @@ fn a_wrong_md5_leaves_no_file_behind() {
     std::fs::write(&fetch.to, "mine").unwrap();
     assert!(matches!(fetch.run(&mut quiet), Err(Error::Checksum { .. })));
     assert_eq!(std::fs::read(&fetch.to).unwrap(), b"mine");
+}
+
+#[test]
+fn another_file_is_checked_by_the_digits_in_its_name_and_has_its_own_way_out() {
+    use sha2::{Digest, Sha256};
+    let body = archive();
+    let digits: String = Sha256::digest(&body).iter().take(4).map(|b| format!("{b:02x}")).collect();
+    let dir = tempfile::tempdir().unwrap();
+    let to = dir.path().join(format!("weights-{digits}.pth"));
+    let fetch = |digits: &str, acts| {
+        let server = serve(body.clone(), acts);
+        let checksum = Checksum::Sha256Prefix(digits.into());
+        Download::new(&server.url, to.clone(), checksum, "and convert it").run(&mut quiet)
+    };
+    let error = fetch(&digits, vec![Act::Status(404)]).unwrap_err().to_string();
+    assert!(error.contains(&format!("put weights-{digits}.pth into")), "{error}");
+    assert!(error.ends_with("and convert it"), "{error}");
+    assert!(matches!(fetch("00000000", vec![]), Err(Error::Checksum { kind: "SHA-256", .. })));
+    assert_eq!(std::fs::read(fetch(&digits, vec![]).unwrap()).unwrap(), body);
 }
 
 #[test]

@@ -15,6 +15,8 @@ pub mod group02;
 pub mod group03;
 pub mod group04;
 pub mod group05;
+pub mod group07;
+pub mod hashed;
 pub mod nets;
 pub mod registry;
 pub mod report;

@@ -2,7 +2,7 @@
 
 use crate::golden::{Golden, Problem, Result, problem};
 use crate::report::Checks;
-use crate::{group01, group02, group03, group04, group05};
+use crate::{group01, group02, group03, group04, group05, group07};
 
 /// The files that an entry is for: by the beginning of their name and, where one letter holds several kinds, by
 /// a metadata value.
@@ -100,6 +100,8 @@ pub const CHECKERS: &[Checker] = &[
     checker(all("05e"), group05::edm_network),
     checker(all("05g"), group05::ect_generator),
     checker(all("05h"), group05::dpmpp_2m),
+    checker(only("07_lpips", "net", group07::PACKAGE_NETS), group07::package),
+    checker(only("07_openai_lpips", "net", &["vgg16"]), group07::openai),
 ];
 
 /// Everything that the golden files hold and that is not built yet.
@@ -108,7 +110,7 @@ pub const PENDING: &[Pending] = &[
     pending(only("05d", "fn", &["ablation_sampler"]), 4, "EDM's ablation samplers"),
     pending(all("05f"), 4, "sampling and editing in a third-party form"),
     pending(all("06"), 5, "metrics"),
-    pending(all("07"), 3, "LPIPS"),
+    pending(only("07_openai_cd", "kind", &["CD"]), 3, "distillation with LPIPS"),
     pending(all("08"), 5, "Inception features"),
     pending(all("09"), 3, "augmentation"),
 ];

@@ -214,3 +214,23 @@ fn damage_to_networks_and_their_results_fails() {
         }
     }
 }
+
+/// The weights of LPIPS' network are a function of names and a seed; images, heads and results are in the file.
+#[test]
+fn damage_to_lpips_fails() {
+    let stem = "07_openai_lpips";
+    let damage_tensor = |name: &'static str| {
+        move |bundle: &mut Bundle| {
+            let tensor = bundle.tensors.get_mut(name).unwrap();
+            *tensor = damaged(tensor);
+        }
+    };
+    let dir = folder(&[]);
+    for name in ["y", "lin3"] {
+        let report = check_changed(dir.path(), stem, damage_tensor(name));
+        assert_eq!(report.num_failed(), 1, "{name}: {report}");
+    }
+    let other_seed = |bundle: &mut Bundle| drop(bundle.metadata.insert("hash_seed".into(), "2".into()));
+    let report = check_changed(dir.path(), stem, other_seed);
+    assert!(report.to_string().contains("'openai_lpips' is off"), "{report}");
+}

@@ -25,7 +25,14 @@ impl Bundle {
     /// # Errors
     /// [`Error::Io`] if the file cannot be read; [`Error::File`] if it is not a whole safetensors file.
     pub fn read(path: &Path) -> Result<Self> {
-        let bytes = std::fs::read(path).map_err(|e| Error::io(path, "reading", e))?;
+        Self::from_bytes(&std::fs::read(path).map_err(|e| Error::io(path, "reading", e))?, path)
+    }
+
+    /// Reads what a file holds out of memory; errors call it `path`.
+    ///
+    /// # Errors
+    /// [`Error::File`] if it is not a whole safetensors file.
+    pub fn from_bytes(bytes: &[u8], path: &Path) -> Result<Self> {
         let broken = |e: safetensors::SafeTensorError| Error::File {
             path: path.into(),
             problem: format!(
@@ -33,9 +40,9 @@ impl Bundle {
                 bytes.len()
             ),
         };
-        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(broken)?;
+        let (_, header) = SafeTensors::read_metadata(bytes).map_err(broken)?;
         let metadata = header.metadata().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect();
-        let views = SafeTensors::deserialize(&bytes).map_err(broken)?;
+        let views = SafeTensors::deserialize(bytes).map_err(broken)?;
         let mut tensors = TensorMap::new();
         for (name, view) in views.iter() {
             let kind = kind_of(view.dtype()).ok_or_else(|| Error::File {

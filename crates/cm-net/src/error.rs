@@ -1,5 +1,7 @@
 use std::path::PathBuf;
 
+use cm_model::LpipsNet;
+
 use crate::Role;
 
 /// Result of this crate.
@@ -38,6 +40,16 @@ pub enum Error {
         path: PathBuf,
         /// What is wrong with it and what to do.
         problem: String,
+    },
+    /// Images that a network of LPIPS cannot take.
+    #[error("LPIPS with {net} needs images with {needs}, got {}×{}×{}", .got[0], .got[1], .got[2])]
+    ImagesForLpips {
+        /// The network.
+        net: LpipsNet,
+        /// What it needs.
+        needs: String,
+        /// Channels, height and width that came.
+        got: [i64; 3],
     },
     /// The weights in a file do not fit the network that it describes.
     #[error("{path}: {source}")]

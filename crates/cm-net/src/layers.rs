@@ -103,6 +103,11 @@ impl Conv2d {
         Self { stride, ..self }
     }
 
+    /// The same layer with `padding` zeros around the image.
+    pub(crate) fn padded(self, padding: i64) -> Self {
+        Self { padding, ..self }
+    }
+
     pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
         x.conv2d(&self.weight, Some(&self.bias), self.stride, self.padding, 1, 1)
     }

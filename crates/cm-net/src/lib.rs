@@ -11,6 +11,8 @@
 //! Weights have the names of the published files. [`save_model`] writes weights together with a [`ModelSpec`]
 //! into one safetensors file, and [`load`] makes a denoiser or a consistency function of such a file.
 //!
+//! [`Lpips`] measures how far apart two images look, for training and evaluation.
+//!
 //! What is absent: no layer draws noise, reads a file or knows a training recipe.
 #![deny(missing_docs)]
 
@@ -19,6 +21,7 @@ mod dhariwal_unet;
 mod embedding;
 mod error;
 mod layers;
+pub mod lpips;
 mod model;
 mod openai_unet;
 mod presets;
@@ -29,6 +32,7 @@ mod unet_block;
 
 pub use dhariwal_unet::DhariwalUnet;
 pub use error::{Error, Result};
+pub use lpips::Lpips;
 pub use model::{
     Model, ModelFile, ModelInfo, ModelSpec, PrecondSpec, Role, inspect, load, save_model, save_tensors,
 };

@@ -15,10 +15,10 @@ use crate::{Error, NetSpec, Result};
 
 /// The metadata key that holds a [`ModelSpec`] as JSON. It is the only one, since safetensors writes several keys
 /// in no fixed order and files shall be reproducible byte for byte.
-const KEY: &str = "consistency-rs";
+pub(crate) const KEY: &str = "consistency-rs";
 
 /// The form of the description that this version writes and reads.
-const FORMAT: u32 = 1;
+pub(crate) const FORMAT: u32 = 1;
 
 /// What a model's function is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -129,9 +129,14 @@ impl ModelSpec {
         #[derive(Deserialize)]
         struct Format {
             format: u32,
+            kind: Option<String>,
         }
         let unreadable = |e: serde_json::Error| not_a_model(format!("its description cannot be read: {e}"));
-        match serde_json::from_str::<Format>(json).map_err(unreadable)?.format {
+        let Format { format, kind } = serde_json::from_str(json).map_err(unreadable)?;
+        if let Some(kind) = kind {
+            return Err(not_a_model(format!("it holds weights of {kind}, which makes no images")));
+        }
+        match format {
             FORMAT => serde_json::from_str(json).map_err(unreadable),
             other => Err(not_a_model(format!(
                 "its description has format {other}, this version reads format {FORMAT}; use the version that wrote it"

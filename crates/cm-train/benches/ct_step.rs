@@ -104,7 +104,7 @@ fn step(criterion: &mut Criterion) {
             let levels = Levels { range: SigmaRange::EDM, sigma_data: 0.5 };
             let target = Some(model(&spec, compute));
             let mut trainer = Trainer::new(
-                Networks { student: model(&spec, compute), target, teacher: None },
+                Networks { student: model(&spec, compute), target, teacher: None, perceptual: None },
                 &train_spec(batch),
                 levels,
             )

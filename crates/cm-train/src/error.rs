@@ -1,5 +1,7 @@
 use std::path::PathBuf;
 
+use cm_model::LpipsNet;
+
 /// Result of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -22,16 +24,20 @@ pub enum Error {
         /// What to do about it.
         advice: String,
     },
-    /// A metric that is known by name and has no code in this version.
+    /// LPIPS without the weights of its network.
     #[error(
-        "train.metric = {metric}: this version has no code for it yet; choose one of {available}, for example \
-         with --set train.metric=l2"
+        "train.metric = lpips needs the weights in {}: `cargo xtask fetch lpips{}` downloads them, or `cm model \
+         import FILE --as {} -o {}` makes them of torchvision's; without them, --set train.metric=l2",
+        .file.display(),
+        net_option(*.net),
+        .net.file_stem(),
+        .file.display()
     )]
-    MissingMetric {
-        /// The metric that was asked for.
-        metric: &'static str,
-        /// The metrics that can be used.
-        available: &'static str,
+    MissingWeights {
+        /// The network.
+        net: LpipsNet,
+        /// The file that was expected.
+        file: PathBuf,
     },
     /// A tensor that was handed in does not fit.
     #[error("{what}: expected {expected}, got {got}")]
@@ -111,6 +117,11 @@ pub enum Error {
     /// A schedule was given values that it cannot hold.
     #[error(transparent)]
     Schedule(#[from] cm_schedule::Error),
+}
+
+/// How the download of a network's weights is told which.
+fn net_option(net: LpipsNet) -> String {
+    if net == LpipsNet::Vgg16 { String::new() } else { format!(" --net {net}") }
 }
 
 impl Error {

@@ -38,6 +38,7 @@ pub use checkpoint::{
     Broken, Checkpoint, Checkpoints, FileRecord, Keep, OPTIMIZER_FILE, RAW_FILE, STATE_FILE, State,
     TARGET_FILE, ema_file,
 };
+pub use cm_model::ImageDistance;
 pub use error::{BoxError, Error, Result};
 pub use logs::{LogEntry, PROGRESS_FILE, STATS_FILE, SigmaBin};
 pub use loss::{

@@ -24,7 +24,8 @@ pub struct MemoryModel {
     pub teacher: u64,
     /// Copies of the weights in autocast's dtype while a network runs.
     pub casts: u64,
-    /// What the student's forward pass keeps for the backward pass, for one image; see [`measure_activations`].
+    /// What the forward passes of student and metric keep for the backward pass, for one image; see
+    /// [`measure_activations`].
     pub activations_per_image: Option<u64>,
     /// Images that go through the network at once.
     pub micro_batch: u64,

@@ -1,25 +1,28 @@
 use std::fmt;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
-use cm_model::ImageShape;
-use serde::de::{self, Deserializer, IgnoredAny, MapAccess, Visitor};
+use cm_model::{ImageDistance, ImageShape, LpipsNet, LpipsReading, LpipsSpec};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{self, Deserializer, MapAccess, Visitor};
 use serde::ser::{SerializeMap, Serializer};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::{Error, Result};
 
-/// The metrics that [`Metric::build`] knows how to build.
-const AVAILABLE: &str = "l1, l2, l2_32, squared_norm, pseudo_huber";
 /// Every metric's name.
 const NAMES: &[&str] = &["l1", "l2", "l2_32", "squared_norm", "pseudo_huber", "lpips"];
 /// iCT's c for an image of D values is this times √D.
 const HUBER_C_PER_ROOT: f64 = 0.000_54;
+/// Where weights of LPIPS lie if no file is named.
+const LPIPS_FOLDER: &str = "data/lpips";
 
 /// How far apart two images are, as a value in a config file.
 ///
 /// In a file it is a name, `metric = "l2"`, or a table with that name as its kind,
 /// `metric = { kind = "pseudo_huber", c = 0.03 }`.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum Metric {
     /// `mean |a − b|`.
@@ -39,8 +42,16 @@ pub enum Metric {
         /// values; 0 gives the norm itself (ECT on CIFAR-10), with a gradient of 0 where the images are equal.
         c: Option<f64>,
     },
-    /// LPIPS: known by name, built by a later version.
-    Lpips,
+    /// LPIPS (Zhang et al. 2018, arXiv 1801.03924), the distance of the features that a classifier sees. The name
+    /// alone is what the released consistency-model code trains with: VGG-16 in piq's reading.
+    Lpips {
+        /// The network, `vgg16` if left out.
+        net: LpipsNet,
+        /// How it is used, `piq` if left out.
+        reading: LpipsReading,
+        /// The file of its weights; `None` is `data/lpips/lpips-NET.safetensors`.
+        weights: Option<PathBuf>,
+    },
 }
 
 impl Metric {
@@ -52,8 +63,19 @@ impl Metric {
             Metric::L2At32 => "l2_32",
             Metric::SquaredNorm => "squared_norm",
             Metric::PseudoHuber { .. } => "pseudo_huber",
-            Metric::Lpips => "lpips",
+            Metric::Lpips { .. } => "lpips",
         }
+    }
+
+    /// LPIPS as `spec` says, with weights from the usual place.
+    pub fn of_lpips(spec: LpipsSpec) -> Self {
+        Metric::Lpips { net: spec.net, reading: spec.reading, weights: None }
+    }
+
+    /// Which LPIPS it is and where its weights lie, if it is one.
+    pub fn lpips(&self) -> Option<(LpipsSpec, PathBuf)> {
+        let Metric::Lpips { net, reading, weights } = self else { return None };
+        Some((LpipsSpec { net: *net, reading: *reading }, weights_file(*net, weights.as_deref())))
     }
 
     fn from_name(name: &str) -> Option<Self> {
@@ -63,16 +85,29 @@ impl Metric {
             "l2_32" | "l2-32" => Some(Metric::L2At32),
             "squared_norm" => Some(Metric::SquaredNorm),
             "pseudo_huber" => Some(Metric::PseudoHuber { c: None }),
-            "lpips" => Some(Metric::Lpips),
+            "lpips" => Some(Metric::of_lpips(LpipsSpec::CONSISTENCY_MODELS)),
             _ => None,
         }
     }
 
-    /// The metric as a function of images of `shape`.
+    /// A metric that needs no network, as a function of images of `shape`.
     ///
     /// # Errors
-    /// [`Error::MissingMetric`] for a metric without code; [`Error::Setting`] for a negative or infinite c.
+    /// [`Error::MissingWeights`] for LPIPS; [`Error::Setting`] for a negative or infinite c.
     pub fn build(&self, shape: ImageShape) -> Result<Distance> {
+        self.build_with(shape, None)
+    }
+
+    /// Any metric as a function of images of `shape`. `perceptual` is what LPIPS measures with: the caller loads it
+    /// from the file that [`Metric::lpips`] names, since this crate knows no network. Other metrics leave it alone.
+    ///
+    /// # Errors
+    /// [`Error::MissingWeights`] for LPIPS without `perceptual`; [`Error::Setting`] for a negative or infinite c.
+    pub fn build_with(
+        &self,
+        shape: ImageShape,
+        perceptual: Option<Rc<dyn ImageDistance>>,
+    ) -> Result<Distance> {
         match *self {
             Metric::L1 => Ok(Distance::L1),
             Metric::L2 => Ok(Distance::L2),
@@ -90,15 +125,25 @@ impl Metric {
                 }
                 Ok(Distance::PseudoHuber { c })
             }
-            Metric::Lpips => Err(Error::MissingMetric { metric: "lpips", available: AVAILABLE }),
+            Metric::Lpips { net, ref weights, .. } => {
+                let missing = || Error::MissingWeights { net, file: weights_file(net, weights.as_deref()) };
+                perceptual.map(Distance::Perceptual).ok_or_else(missing)
+            }
         }
     }
+}
+
+/// The file that is named, or that of the usual place.
+fn weights_file(net: LpipsNet, named: Option<&Path>) -> PathBuf {
+    let usual = || Path::new(LPIPS_FOLDER).join(net.file_stem()).with_extension("safetensors");
+    named.map_or_else(usual, Path::to_owned)
 }
 
 impl fmt::Display for Metric {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Metric::PseudoHuber { c: Some(c) } => write!(f, "pseudo_huber (c = {c})"),
+            Metric::Lpips { net, reading, .. } => write!(f, "lpips ({net}, {reading})"),
             metric => f.write_str(metric.name()),
         }
     }
@@ -108,8 +153,16 @@ impl Serialize for Metric {
     fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
         let mut map = serializer.serialize_map(None)?;
         map.serialize_entry("kind", self.name())?;
-        if let Metric::PseudoHuber { c: Some(c) } = self {
-            map.serialize_entry("c", c)?;
+        match self {
+            Metric::PseudoHuber { c: Some(c) } => map.serialize_entry("c", c)?,
+            Metric::Lpips { net, reading, weights } => {
+                map.serialize_entry("net", net)?;
+                map.serialize_entry("reading", reading)?;
+                if let Some(weights) = weights {
+                    map.serialize_entry("weights", weights)?;
+                }
+            }
+            _ => {}
         }
         map.end()
     }
@@ -134,33 +187,54 @@ impl<'de> Visitor<'de> for MetricVisitor {
         Metric::from_name(name).ok_or_else(|| E::unknown_variant(name, NAMES))
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Metric, A::Error> {
-        let (mut kind, mut c, mut other) = (None::<String>, None::<f64>, None);
-        while let Some(key) = map.next_key::<String>()? {
-            match key.as_str() {
-                "kind" => kind = Some(map.next_value()?),
-                "c" => c = Some(map.next_value()?),
-                _ => {
-                    map.next_value::<IgnoredAny>()?;
-                    other = Some(key);
-                }
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> std::result::Result<Metric, A::Error> {
+        let table = Table::deserialize(MapAccessDeserializer::new(map))?;
+        let mut metric: Metric = self.visit_str(&table.kind)?;
+        let allowed = match &mut metric {
+            Metric::PseudoHuber { c } => {
+                *c = table.c;
+                &["kind", "c"][..]
             }
-        }
-        let kind = kind.ok_or_else(|| de::Error::missing_field("kind"))?;
-        let metric = self.visit_str(&kind)?;
-        let is_huber = matches!(metric, Metric::PseudoHuber { .. });
-        match other.or_else(|| (c.is_some() && !is_huber).then(|| "c".to_owned())) {
-            Some(key) => {
-                Err(de::Error::unknown_field(&key, if is_huber { &["kind", "c"] } else { &["kind"] }))
+            Metric::Lpips { net, reading, weights } => {
+                *net = table.net.unwrap_or(*net);
+                *reading = table.reading.unwrap_or(*reading);
+                weights.clone_from(&table.weights);
+                &["kind", "net", "reading", "weights"]
             }
-            None if is_huber => Ok(Metric::PseudoHuber { c }),
+            _ => &["kind"],
+        };
+        match table.given().find(|key| !allowed.contains(key)) {
+            Some(key) => Err(de::Error::unknown_field(key, allowed)),
             None => Ok(metric),
         }
     }
 }
 
-/// A metric that is ready to measure; [`Metric::build`] makes it.
-#[derive(Debug, Clone, Copy, PartialEq)]
+/// The keys of all kinds; which of them a kind has is checked when it is known.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Table {
+    kind: String,
+    c: Option<f64>,
+    net: Option<LpipsNet>,
+    reading: Option<LpipsReading>,
+    weights: Option<PathBuf>,
+}
+
+impl Table {
+    fn given(&self) -> impl Iterator<Item = &'static str> {
+        let keys = [
+            ("c", self.c.is_some()),
+            ("net", self.net.is_some()),
+            ("reading", self.reading.is_some()),
+            ("weights", self.weights.is_some()),
+        ];
+        keys.into_iter().filter_map(|(key, given)| given.then_some(key))
+    }
+}
+
+/// A metric that is ready to measure; [`Metric::build`] and [`Metric::build_with`] make it.
+#[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum Distance {
     /// `mean |a − b|`.
@@ -176,6 +250,8 @@ pub enum Distance {
         /// The width of the quadratic part.
         c: f64,
     },
+    /// What a network sees between them, such as LPIPS.
+    Perceptual(Rc<dyn ImageDistance>),
 }
 
 impl Distance {
@@ -203,6 +279,7 @@ impl Distance {
                 let equal = squares.eq(0.0).to_kind(Kind::Float);
                 (squares + &equal).sqrt() - equal
             }
+            Distance::Perceptual(distance) => distance.between(a, b),
         }
     }
 }
@@ -232,7 +309,7 @@ mod tests {
         (images(4, 0.0), images(4, 1.0))
     }
 
-    fn values(metric: Metric, a: &Tensor, b: &Tensor) -> Vec<f64> {
+    fn values(metric: &Metric, a: &Tensor, b: &Tensor) -> Vec<f64> {
         Vec::<f64>::try_from(metric.build(SHAPE).unwrap().between(a, b).to_kind(Kind::Double)).unwrap()
     }
 
@@ -249,10 +326,10 @@ mod tests {
     fn distances_are_zero_at_home_positive_elsewhere_and_symmetric() {
         let (a, b) = pair();
         for metric in ALL {
-            assert_eq!(values(metric, &a, &a), [0.0, 0.0], "{metric}");
-            let there = values(metric, &a, &b);
+            assert_eq!(values(&metric, &a, &a), [0.0, 0.0], "{metric}");
+            let there = values(&metric, &a, &b);
             assert!(there.iter().all(|d| *d > 0.0), "{metric}: {there:?}");
-            assert_eq!(there, values(metric, &b, &a), "{metric}");
+            assert_eq!(there, values(&metric, &b, &a), "{metric}");
         }
     }
 
@@ -260,8 +337,8 @@ mod tests {
     fn values_by_hand() {
         let a = Tensor::zeros([1, 3, 4, 4], (Kind::Float, Device::Cpu));
         let b = &a + 0.5;
-        let close = |metric, want: f64| {
-            let got = values(metric, &a, &b)[0];
+        let close = |metric: Metric, want: f64| {
+            let got = values(&metric, &a, &b)[0];
             assert!((got - want).abs() < 1e-6, "{metric}: {got} {want}");
         };
         close(Metric::L1, 0.5);
@@ -325,15 +402,82 @@ mod tests {
         assert!(read(r#"{"kind":"l1","c":1}"#).unwrap_err().contains("`c`"));
         assert!(read(r#"{"kind":"pseudo_huber","d":1}"#).unwrap_err().contains("`d`"));
         assert!(read(r#"{"c":1}"#).unwrap_err().contains("kind"));
-        for metric in ALL.into_iter().chain([Metric::Lpips]) {
+        for metric in ALL {
             assert_eq!(read(&serde_json::to_string(&metric).unwrap()), Ok(metric));
         }
     }
 
     #[test]
-    fn a_metric_without_code_says_what_to_set() {
-        let error = Metric::Lpips.build(SHAPE).unwrap_err().to_string();
-        assert!(error.contains("lpips") && error.contains("--set train.metric="), "{error}");
+    fn lpips_is_that_of_the_released_code_unless_a_file_says_otherwise() {
+        let read = |text: &str| serde_json::from_str::<Metric>(text).map_err(|e| e.to_string());
+        let released = Metric::of_lpips(LpipsSpec::CONSISTENCY_MODELS);
+        assert_eq!(read("\"lpips\""), Ok(released.clone()));
+        assert_eq!(read(r#"{"kind":"lpips"}"#), Ok(released.clone()));
+        assert_eq!(
+            (released.to_string().as_str(), released.lpips().unwrap().1.as_path()),
+            ("lpips (vgg16, piq)", Path::new("data/lpips/lpips-vgg16.safetensors"))
+        );
+        let own = Metric::Lpips {
+            net: LpipsNet::Alex,
+            reading: LpipsReading::Package,
+            weights: Some("own.safetensors".into()),
+        };
+        let text = r#"{"kind":"lpips","net":"alex","reading":"package","weights":"own.safetensors"}"#;
+        assert_eq!(read(text), Ok(own.clone()));
+        let (spec, file) = own.lpips().unwrap();
+        assert_eq!((spec.net, file.as_path()), (LpipsNet::Alex, Path::new("own.safetensors")));
+        for metric in [released, own] {
+            assert_eq!(read(&serde_json::to_string(&metric).unwrap()), Ok(metric));
+        }
+        assert!(read(r#"{"kind":"lpips","net":"vgg19"}"#).unwrap_err().contains("vgg19"));
+        assert!(read(r#"{"kind":"lpips","c":1}"#).unwrap_err().contains("`c`"));
+        assert!(read(r#"{"kind":"l2","net":"alex"}"#).unwrap_err().contains("`net`"));
+        assert!(read(r#"{"kind":"l2","weights":"x"}"#).unwrap_err().contains("`weights`"));
+    }
+
+    /// Stands for a network: the distance of the means.
+    #[derive(Debug)]
+    struct Means;
+
+    impl ImageDistance for Means {
+        fn between(&self, a: &Tensor, b: &Tensor) -> Tensor {
+            (a - b).mean_dim([1, 2, 3].as_slice(), false, Kind::Float).abs()
+        }
+    }
+
+    #[test]
+    fn a_perceptual_metric_is_what_the_caller_hands_in() {
+        let lpips = Metric::of_lpips(LpipsSpec::CONSISTENCY_MODELS);
+        let (a, b) = pair();
+        let distance = lpips.build_with(SHAPE, Some(Rc::new(Means))).unwrap();
+        assert!(distance.clone().between(&a, &b).equal(&Means.between(&a, &b)));
+        // Other metrics leave it alone.
+        let l1 = Metric::L1.build_with(SHAPE, Some(Rc::new(Means))).unwrap();
+        assert!(l1.between(&a, &b).equal(&Distance::L1.between(&a, &b)));
+    }
+
+    #[test]
+    fn lpips_without_weights_says_how_to_get_them() {
+        let error = |net| {
+            let spec = LpipsSpec { net, reading: LpipsReading::Piq };
+            Metric::of_lpips(spec).build(SHAPE).unwrap_err().to_string()
+        };
+        let vgg = error(LpipsNet::Vgg16);
+        for words in [
+            "train.metric = lpips",
+            "data/lpips/lpips-vgg16.safetensors",
+            "`cargo xtask fetch lpips`",
+            "`cm model import FILE --as lpips-vgg16 -o data/lpips/lpips-vgg16.safetensors`",
+            "--set train.metric=",
+        ] {
+            assert!(vgg.contains(words), "'{words}' is missing in: {vgg}");
+        }
+        assert!(!vgg.contains('\n'));
+        assert!(error(LpipsNet::Alex).contains("`cargo xtask fetch lpips --net alex`"));
+    }
+
+    #[test]
+    fn a_negative_c_is_refused() {
         assert!(Metric::PseudoHuber { c: Some(-1.0) }.build(SHAPE).is_err());
     }
 }

@@ -1,4 +1,6 @@
-use cm_model::ImageShape;
+use std::rc::Rc;
+
+use cm_model::{ImageDistance, ImageShape};
 use cm_schedule::{EmaRule, LrRule, Weighting};
 use cm_torch::optim::OptimKind;
 use serde::{Deserialize, Serialize};
@@ -58,7 +60,7 @@ impl TrainSpec {
             pairs: self.pairs,
             target: self.target,
             teacher: self.teacher,
-            metric: self.metric,
+            metric: self.metric.clone(),
             weighting: self.weighting,
         }
     }
@@ -71,8 +73,20 @@ impl TrainSpec {
     /// Checks every number and that the metric can be built for images of `shape`, and returns the metric.
     ///
     /// # Errors
-    /// [`Error::Setting`] or [`Error::MissingMetric`] with the key, its value and what to do.
+    /// [`Error::Setting`] or [`Error::MissingWeights`] with the key, its value and what to do.
     pub fn check(&self, shape: ImageShape) -> Result<Distance> {
+        self.check_with(shape, None)
+    }
+
+    /// [`TrainSpec::check`] with what LPIPS measures with; see [`Metric::build_with`].
+    ///
+    /// # Errors
+    /// As [`TrainSpec::check`].
+    pub fn check_with(
+        &self,
+        shape: ImageShape,
+        perceptual: Option<Rc<dyn ImageDistance>>,
+    ) -> Result<Distance> {
         let count = |key, got: u64| match got {
             0 => Err(Error::setting(key, 0, "1 or more", "a step needs images, and a run needs steps")),
             _ => Ok(()),
@@ -107,7 +121,7 @@ impl TrainSpec {
         self.lr_rule.validate()?;
         self.optimizer.check()?;
         self.recipe().check()?;
-        self.metric.build(shape)
+        self.metric.build_with(shape, perceptual)
     }
 
     fn check_emas(&self) -> Result<()> {
@@ -198,7 +212,10 @@ mod tests {
         assert!(error(|s| s.lr = f64::NAN).starts_with("train.lr = NaN"));
         assert!(error(|s| s.grad_clip = Some(0.0)).starts_with("train.grad_clip = 0"));
         assert!(error(|s| s.replace_non_finite = Some(-1.0)).starts_with("train.replace_non_finite = -1"));
-        assert!(error(|s| s.metric = Metric::Lpips).contains("--set train.metric="));
+        assert!(
+            error(|s| s.metric = Metric::of_lpips(cm_model::LpipsSpec::CONSISTENCY_MODELS))
+                .contains("fetch lpips")
+        );
         assert!(
             error(|s| s.optimizer = OptimKind::Adam { beta1: 1.0, beta2: 0.9, eps: 1e-8, weight_decay: 0.0 })
                 .contains("beta1")

@@ -118,7 +118,7 @@ pub(crate) fn spec() -> TrainSpec {
 /// A trainer on the network of seed 0.
 pub(crate) fn trainer(spec: &TrainSpec, dropout: f64) -> Trainer<Model> {
     let target = spec.target.has_network().then(|| mlp(1, dropout));
-    Trainer::new(Networks { student: mlp(0, dropout), target, teacher: None }, spec, LEVELS).unwrap()
+    Trainer::new(Networks { target, ..Networks::of(mlp(0, dropout)) }, spec, LEVELS).unwrap()
 }
 
 /// A batch that is a function of the step.

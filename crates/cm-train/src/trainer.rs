@@ -1,4 +1,6 @@
-use cm_model::{Cond, Denoiser, Mode, NoiseSource, Philox, Site};
+use std::rc::Rc;
+
+use cm_model::{Cond, Denoiser, ImageDistance, Mode, NoiseSource, Philox, Site};
 use cm_schedule::rng::Purpose;
 use cm_schedule::{EmaRule, KarrasGrid};
 use cm_torch::optim::{self, EmaTarget, Optimizer, StepOptions};
@@ -71,12 +73,14 @@ pub struct Networks<M> {
     pub target: Option<M>,
     /// The denoiser that is distilled, needed if and only if the settings have a `teacher`.
     pub teacher: Option<Box<dyn Denoiser>>,
+    /// What LPIPS measures with, where it is the metric; see [`crate::Metric::build_with`].
+    pub perceptual: Option<Rc<dyn ImageDistance>>,
 }
 
 impl<M> Networks<M> {
     /// A student alone.
     pub fn of(student: M) -> Self {
-        Self { student, target: None, teacher: None }
+        Self { student, target: None, teacher: None, perceptual: None }
     }
 }
 
@@ -104,11 +108,11 @@ impl<M: Trainable> Trainer<M> {
     /// A run before its first step. The averages, and the target network's weights, start as copies of the student's.
     ///
     /// # Errors
-    /// [`Error::Setting`] and [`Error::MissingMetric`] for settings that cannot be used or do not go with the
+    /// [`Error::Setting`] and [`Error::MissingWeights`] for settings that cannot be used or do not go with the
     /// networks, [`Error::Model`] if the target's architecture is not the student's.
     pub fn new(networks: Networks<M>, spec: &TrainSpec, levels: Levels) -> Result<Self> {
-        let Networks { student, target, teacher } = networks;
-        let distance = spec.check(student.shape())?;
+        let Networks { student, target, teacher, perceptual } = networks;
+        let distance = spec.check_with(student.shape(), perceptual)?;
         check_networks(spec, target.is_some(), teacher.is_some())?;
         if let Some(target) = &target {
             target.params().copy_from(student.params())?;

@@ -1,14 +1,19 @@
 //! `--dry-run`: the real network and one real step on made-up pixels, with what it costs.
 
+use std::rc::Rc;
+
 use anyhow::Result;
 use cm_model::{Cond, Mode, NoiseSource, Philox, Sigma, Site};
 use cm_schedule::rng::Purpose;
 use cm_torch::device;
-use cm_train::{Batch, MemoryModel, Metric, Networks, Trainable, Trainer, gigabytes, measure_activations};
+use cm_train::{
+    Batch, Distance, ImageDistance, MemoryModel, Networks, Trainable, Trainer, gigabytes, measure_activations,
+};
 use tch::{Device, Tensor};
 
 use crate::exit::{OrUsage, Outcome};
 use crate::experiment::Experiment;
+use crate::lpips;
 use crate::net::Net;
 use crate::sources::stand_in;
 
@@ -24,19 +29,23 @@ pub fn dry_run(experiment: &Experiment, device: Device) -> Outcome {
     let mut small = experiment.clone();
     small.train.batch = 1;
     small.train.micro_batch = None;
-    if let Err(cm_train::Error::MissingMetric { metric, .. }) = small.train.check(small.network.image_shape())
-    {
-        println!("metric            {metric} has no code yet: l2 stands in for it here, a real run refuses");
-        small.train.metric = Metric::L2;
-    }
     experiment.compute(device).or_usage()?;
+    let perceptual = lpips::stand_in(&small.train.metric, small.network.image_shape(), device).or_usage()?;
+    if perceptual.is_some() {
+        println!(
+            "metric            {}, with random weights here: cost is real, the loss is not",
+            small.train.metric
+        );
+    }
+    let distance = small.train.check_with(small.network.image_shape(), perceptual.clone()).or_usage()?;
     let student = Net::build(&small, device)?;
     let parameters = student.params().num_parameters();
     println!("parameters        {parameters}");
     let batch = made_up(&student, device)?;
     let mut memory = MemoryModel::new(student.params(), &small.train, student.compute().autocast.is_some());
     let started = std::time::Instant::now();
-    memory.activations_per_image = Some(measure_activations(device, || forward(&student, &batch, &small))?);
+    memory.activations_per_image =
+        Some(measure_activations(device, || forward(&student, &batch, &small, &distance))?);
     println!("forward, 1 image  {:.2} s", started.elapsed().as_secs_f64());
     let need = memory.total().unwrap_or(u64::MAX);
     println!("\nmemory model, micro-batch 1\n{memory}\n");
@@ -54,17 +63,23 @@ pub fn dry_run(experiment: &Experiment, device: Device) -> Outcome {
             );
             println!("                  (the network was built and ran forward)");
         }
-        _ => step(&small, student, &batch, device)?,
+        _ => step(&small, student, &batch, device, perceptual)?,
     }
     Ok(())
 }
 
-fn step(experiment: &Experiment, student: Net, batch: &Batch, device: Device) -> Result<()> {
+fn step(
+    experiment: &Experiment,
+    student: Net,
+    batch: &Batch,
+    device: Device,
+    perceptual: Option<Rc<dyn ImageDistance>>,
+) -> Result<()> {
     let another = || Net::build(experiment, device);
     let target = experiment.train.target.has_network().then(another).transpose()?;
     // Fresh weights, like the student's: a dry run asks what a step costs.
     let teacher = experiment.train.teacher.map(|_| stand_in(experiment, device)).transpose()?;
-    let networks = Networks { student, target, teacher };
+    let networks = Networks { student, target, teacher, perceptual };
     let mut trainer = Trainer::new(networks, &experiment.train, experiment.levels()?)?;
     let started = std::time::Instant::now();
     let report = trainer.step(batch)?;
@@ -82,9 +97,17 @@ fn made_up(student: &Net, device: Device) -> Result<Batch> {
     Ok(Batch { images, cond })
 }
 
-fn forward(student: &Net, batch: &Batch, experiment: &Experiment) -> cm_train::Result<Tensor> {
+/// Network and metric, which keep what their backward pass needs.
+fn forward(
+    student: &Net,
+    batch: &Batch,
+    experiment: &Experiment,
+    distance: &Distance,
+) -> cm_train::Result<Tensor> {
     let sigma = Sigma::One(experiment.precond.sigma_data);
-    Ok(student.evaluate(&batch.images, sigma, &batch.cond, Mode::Train { dropout_seed: 0 })?)
+    let mode = Mode::Train { dropout_seed: 0 };
+    let estimate = student.evaluate(&batch.images, sigma, &batch.cond, mode)?;
+    Ok(distance.between(&estimate, &batch.images))
 }
 
 /// Memory that is free where the step would run, as far as the system tells: beside what is already in use.

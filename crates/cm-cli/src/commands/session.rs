@@ -10,10 +10,13 @@ use cm_data::Dataset;
 use cm_net::ModelSpec;
 use cm_sampler::Request;
 use cm_torch::device::DeviceSpec;
-use cm_train::{BoxError, Ending, Networks, Observer, Session, StepReport, Trainable, Trainer, Weights};
+use cm_train::{
+    BoxError, Ending, Metric, Networks, Observer, Session, StepReport, Trainable, Trainer, Weights,
+};
 use tch::{Device, Tensor};
 
 use crate::experiment::Experiment;
+use crate::lpips;
 use crate::net::Net;
 use crate::pictures;
 use crate::runs::CONFIG_FILE;
@@ -31,11 +34,14 @@ pub fn device(spec: &DeviceSpec) -> Result<Device> {
 
 /// A trainer before its first step, on networks that start as `start` says.
 pub fn build_trainer(experiment: &Experiment, start: &Start, device: Device) -> Result<Trainer<Net>> {
+    let shape = experiment.network.image_shape();
+    let perceptual = lpips::load_metric(&experiment.train.metric, shape, device)?;
     let student = Net::build(experiment, device)?;
     start.load(&student)?;
     let target = experiment.train.target.has_network().then(|| Net::build(experiment, device)).transpose()?;
     let teacher = start.denoiser(experiment, device)?;
-    Ok(Trainer::new(Networks { student, target, teacher }, &experiment.train, experiment.levels()?)?)
+    let networks = Networks { student, target, teacher, perceptual };
+    Ok(Trainer::new(networks, &experiment.train, experiment.levels()?)?)
 }
 
 /// A stop flag that Ctrl-C (and a request to terminate) sets; the second one ends the process at once.
@@ -74,9 +80,12 @@ impl Run<'_> {
         let device = trainer.device();
         let mut source = super::batches::Batches::open(self.experiment, self.data.clone(), device)?;
         let spec = self.experiment.model_spec();
-        // A model file travels: the place of its training data on this machine stays here.
+        // A model file travels: the places of data and of weights on this machine stay here.
         let mut portable = self.experiment.clone();
         (portable.data.path, portable.teacher, portable.init) = (None, None, None);
+        if let Metric::Lpips { weights, .. } = &mut portable.train.metric {
+            *weights = None;
+        }
         let portable = portable.to_toml()?;
         let steps = |step| self.experiment.student_steps(step);
         let metadata =

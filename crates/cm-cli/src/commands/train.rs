@@ -13,6 +13,7 @@ use crate::args::{CifarArgs, RunArgs, TeacherArgs, TrainArgs};
 use crate::config::Source;
 use crate::exit::{Failure, OrUsage, Outcome};
 use crate::experiment::Experiment;
+use crate::lpips;
 use crate::runs::{CONFIG_FILE, find_model};
 use crate::sources::{ModelSource, Start};
 
@@ -89,7 +90,7 @@ pub fn read(config: Option<&str>, args: &RunArgs) -> Result<(Experiment, PathBuf
 
 /// Why the experiment's metric cannot be used, if it cannot.
 fn metric_error(experiment: &Experiment) -> Option<cm_train::Error> {
-    experiment.train.check(experiment.network.image_shape()).err()
+    lpips::missing_weights(&experiment.train.metric)
 }
 
 fn start(experiment: &Experiment, folder: &Path, args: &RunArgs) -> Outcome {

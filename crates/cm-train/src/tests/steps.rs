@@ -1,10 +1,14 @@
-use cm_model::{Cond, ImageShape, Init, Mode, Params, ParamsBuilder, Sigma, TensorMap};
+use std::rc::Rc;
+
+use cm_model::{
+    Cond, ImageDistance, ImageShape, Init, LpipsSpec, Mode, Params, ParamsBuilder, Sigma, TensorMap,
+};
 use cm_schedule::{EmaRule, LrRule};
 use cm_torch::optim::OptimKind;
 use tch::{Device, Kind, Tensor};
 
 use crate::testing::{LEVELS, Model, SHAPE, batch, mlp, spec, trainer};
-use crate::{Batch, Error, Networks, TargetRule, TrainSpec, Trainable, Trainer};
+use crate::{Batch, Error, Metric, Networks, TargetRule, TrainSpec, Trainable, Trainer};
 
 /// Every tensor of a trainer's state.
 fn state(trainer: &Trainer<Model>) -> TensorMap {
@@ -51,6 +55,32 @@ fn micro_batches_make_the_step_of_the_whole_batch() {
             assert!(std::iter::zip(&a.samples, &b.samples).all(|(a, b)| a.sigma == b.sigma));
         }
     }
+}
+
+/// Stands for a network that measures; it is l1.
+#[derive(Debug)]
+struct Means;
+
+impl ImageDistance for Means {
+    fn between(&self, a: &Tensor, b: &Tensor) -> Tensor {
+        (a - b).abs().mean_dim([1, 2, 3].as_slice(), false, Kind::Float)
+    }
+}
+
+#[test]
+fn a_trainer_measures_with_the_perceptual_distance_that_it_is_handed() {
+    let lpips = TrainSpec { metric: Metric::of_lpips(LpipsSpec::CONSISTENCY_MODELS), ..spec() };
+    let with = |perceptual: Option<Rc<dyn ImageDistance>>| {
+        let networks = Networks { target: Some(mlp(1, 0.0)), perceptual, ..Networks::of(mlp(0, 0.0)) };
+        Trainer::new(networks, &lpips, LEVELS)
+    };
+    assert!(matches!(with(None), Err(Error::MissingWeights { .. })));
+    let (mut handed, mut own) =
+        (with(Some(Rc::new(Means))).unwrap(), trainer(&TrainSpec { metric: Metric::L1, ..spec() }, 0.0));
+    for step in 0..3 {
+        assert_eq!(handed.step(&batch(step, 12)).unwrap(), own.step(&batch(step, 12)).unwrap());
+    }
+    assert!(equal(&state(&handed), &state(&own)));
 }
 
 #[test]
@@ -176,9 +206,7 @@ fn the_tensor_that_spoils_a_gradient_is_named_or_repaired() {
 #[test]
 fn trainers_refuse_what_does_not_fit() {
     let error = |spec: TrainSpec, target: Option<Model>| {
-        Trainer::new(Networks { student: mlp(0, 0.0), target, teacher: None }, &spec, LEVELS)
-            .unwrap_err()
-            .to_string()
+        Trainer::new(Networks { target, ..Networks::of(mlp(0, 0.0)) }, &spec, LEVELS).unwrap_err().to_string()
     };
     assert!(error(spec(), None).contains("train.target.kind = ema"));
     let live = TrainSpec { target: TargetRule::Live {}, ..spec() };
