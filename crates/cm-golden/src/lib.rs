@@ -15,6 +15,7 @@ pub mod group02;
 pub mod group03;
 pub mod group04;
 pub mod group05;
+pub mod group09;
 pub mod nets;
 pub mod registry;
 pub mod report;

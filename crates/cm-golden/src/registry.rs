@@ -2,7 +2,7 @@
 
 use crate::golden::{Golden, Problem, Result, problem};
 use crate::report::Checks;
-use crate::{group01, group02, group03, group04, group05};
+use crate::{group01, group02, group03, group04, group05, group09};
 
 /// The files that an entry is for: by the beginning of their name and, where one letter holds several kinds, by
 /// a metadata value.
@@ -96,6 +96,7 @@ pub const CHECKERS: &[Checker] = &[
     checker(all("05e"), group05::edm_network),
     checker(all("05g"), group05::ect_generator),
     checker(all("05h"), group05::dpmpp_2m),
+    checker(all("09"), group09::check),
 ];
 
 /// Everything that the golden files hold and that is not built yet.
@@ -108,7 +109,6 @@ pub const PENDING: &[Pending] = &[
     pending(all("06"), 5, "metrics"),
     pending(all("07"), 3, "LPIPS"),
     pending(all("08"), 5, "Inception features"),
-    pending(all("09"), 3, "augmentation"),
 ];
 
 /// What is to be done with a file.
