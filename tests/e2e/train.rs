@@ -26,6 +26,12 @@ const ECT: &[&str] = &[
     "train.lr_rule={kind='cosine', warmup_steps=5}",
 ];
 
+/// The augmentation of Karras et al. 2022, more often than there.
+const AUGMENT: &[&str] = &[
+    "network.augment_dim=9",
+    "augment={p=0.5, xflip=1e8, yflip=1, scale=1, rotate=1, aniso=1, translate=1}",
+];
+
 fn train(sandbox: &Sandbox, out: &str) -> Cm {
     sandbox.cm(&format!("train --config tiny.toml --device cpu --out {out}"))
 }
@@ -115,7 +121,7 @@ fn step_in(line: &str, before: &str) -> u64 {
 
 #[test]
 fn ctrl_c_saves_and_the_resumed_run_ends_in_the_same_bits() {
-    interrupt("INT", ECT);
+    interrupt("INT", &[ECT, AUGMENT].concat());
 }
 
 #[test]

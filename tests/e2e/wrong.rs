@@ -29,6 +29,12 @@ fn keys_values_and_files_of_an_experiment() {
         ("precond.sigma_max=0.001", &["tiny.toml", "sigma_max"]),
         ("network.attn_resolutions=[5]", &["tiny.toml", "attn_resolutions", "[8, 4]"]),
         ("run.keep_last=0", &["run.keep_last = 0"]),
+        (
+            "augment={p=0.1, scale=1, translate=1}",
+            &["tiny.toml", "network.augment_dim = 0", "[augment]", "3 labels"],
+        ),
+        ("augment={p=2, scale=1}", &["augment.p = 2", "0 to 1"]),
+        ("augment={p=0.1, hue=1}", &["--set augment", "unknown field `hue`"]),
         ("compute.autocast=fp16", &["fp16", "needs CUDA", "bf16"]),
         ("data.path='x'", &["path = x", "digits is bundled"]),
     ] {

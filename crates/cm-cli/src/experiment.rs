@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use cm_data::SourceSpec;
+use cm_data::{AugmentSpec, SourceSpec};
 use cm_model::Compute;
 use cm_net::{ModelSpec, NetSpec, PrecondSpec, Role};
 use cm_train::{Levels, Method, RunSpec, TrainSpec};
@@ -21,6 +21,9 @@ pub struct Experiment {
     pub name: String,
     /// The images.
     pub data: SourceSpec,
+    /// How they are augmented; not at all if left out, beyond what the data section says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub augment: Option<AugmentSpec>,
     /// The network.
     pub network: NetSpec,
     /// Its preconditioning and noise levels.
@@ -75,6 +78,15 @@ impl Experiment {
             bail!("name = {:?}: expected letters, digits, '-', '_' and '.', as in digits-ct", self.name);
         }
         self.network.validate().context("network")?;
+        if let Some(augment) = &self.augment {
+            augment.validate()?;
+            let (labels, dim) = (augment.label_dim(), self.network.augment_dim());
+            if labels != dim {
+                bail!(
+                    "network.augment_dim = {dim}: [augment] makes {labels} labels; set it to {labels} or change which transforms are on"
+                );
+            }
+        }
         self.precond.sigma_range().context("precond")?;
         self.precond.grid().context("precond")?;
         self.precond.boundary().context("precond")?;

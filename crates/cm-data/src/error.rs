@@ -25,6 +25,16 @@ pub enum Error {
         /// The allowed values, or why the two keys exclude each other.
         reason: String,
     },
+    /// A key of the section `[augment]` has a value that does not fit.
+    #[error("augment.{key} = {value}: {reason}")]
+    Augment {
+        /// The key.
+        key: &'static str,
+        /// Its value.
+        value: f64,
+        /// What is allowed.
+        reason: &'static str,
+    },
     /// Nothing of the expected form lies at the place that was given.
     #[error("no {what} at {}: expected {expected}; found {found}; {remedy}", path.display())]
     Missing {

@@ -8,23 +8,25 @@
 //! | how does an encoded image become pixels of one size? | [`transform`], [`resize`] |
 //! | which image stands where in a run? | [`order`] |
 //! | how do they become batches, and tensors? | [`loader`], [`batch`] |
+//! | how are they augmented, and what is the network told? | [`mod@augment`] |
 //! | what lies at this path? | [`inspect`](mod@inspect) |
 //! | how is a published set fetched? | [`download`] |
 //! | how are pictures and samples written? | [`grid`], [`npz`] |
 //!
 //! The data of step k is a function of (seed, k): order and mirroring come from the counter-based generator of
-//! `cm-schedule`, so a run that resumes needs no state of its loader. Pixels stay uint8 until [`batch`], the one
-//! module that knows of tensors.
+//! `cm-schedule`, so a run that resumes needs no state of its loader. Pixels stay uint8 until [`batch`]; it and
+//! [`mod@augment`] are the modules that know of tensors.
 //!
 //! Nothing here panics on data, and nothing is allocated because a header says so ([`limits`]). Errors say what was
 //! expected, what came, where, and what to do; an error in the loader's thread reaches the consumer.
 //!
-//! What is absent on purpose: augmentation other than mirroring (EDM's belongs to the training step that feeds its
-//! labels to the network), and skipping: a corrupt image stops the run and is named.
+//! What is absent on purpose: augmentation whose parameters the network is not told, other than mirroring; and
+//! skipping: a corrupt image stops the run and is named.
 
 #![deny(missing_docs)]
 #![forbid(unsafe_code)]
 
+pub mod augment;
 pub mod batch;
 pub mod dataset;
 pub mod download;
@@ -40,6 +42,7 @@ pub mod resize;
 pub mod spec;
 pub mod transform;
 
+pub use augment::{Augment, AugmentSpec};
 pub use dataset::{Dataset, Labels, MemorySet, Sample, Shape, Subset};
 pub use error::{Error, Result};
 pub use formats::labels::LabelRule;

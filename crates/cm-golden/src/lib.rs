@@ -16,6 +16,7 @@ pub mod group03;
 pub mod group04;
 pub mod group05;
 pub mod group07;
+pub mod group09;
 pub mod hashed;
 pub mod nets;
 pub mod registry;

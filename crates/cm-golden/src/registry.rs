@@ -2,7 +2,7 @@
 
 use crate::golden::{Golden, Problem, Result, problem};
 use crate::report::Checks;
-use crate::{group01, group02, group03, group04, group05, group07};
+use crate::{group01, group02, group03, group04, group05, group07, group09};
 
 /// The files that an entry is for: by the beginning of their name and, where one letter holds several kinds, by
 /// a metadata value.
@@ -102,6 +102,7 @@ pub const CHECKERS: &[Checker] = &[
     checker(all("05h"), group05::dpmpp_2m),
     checker(only("07_lpips", "net", group07::PACKAGE_NETS), group07::package),
     checker(only("07_openai_lpips", "net", &["vgg16"]), group07::openai),
+    checker(all("09"), group09::check),
 ];
 
 /// Everything that the golden files hold and that is not built yet.
@@ -112,7 +113,6 @@ pub const PENDING: &[Pending] = &[
     pending(all("06"), 5, "metrics"),
     pending(only("07_openai_cd", "kind", &["CD"]), 3, "distillation with LPIPS"),
     pending(all("08"), 5, "Inception features"),
-    pending(all("09"), 3, "augmentation"),
 ];
 
 /// What is to be done with a file.

@@ -246,6 +246,16 @@ impl NetSpec {
         }
     }
 
+    /// Number of augmentation parameters that the network is told; 0 for a network that takes none.
+    #[must_use]
+    pub fn augment_dim(&self) -> i64 {
+        match self {
+            NetSpec::SongUnet(spec) => spec.augment_dim,
+            NetSpec::DhariwalUnet(spec) => spec.augment_dim,
+            NetSpec::OpenaiUnet(_) => 0,
+        }
+    }
+
     /// Probability of dropping a unit, in training.
     #[must_use]
     pub fn dropout(&self) -> f64 {

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use anyhow::Result;
-use cm_data::{Dataset, Loader, LoaderSpec};
+use cm_data::augment::Draws;
+use cm_data::{Augment, Dataset, Loader, LoaderSpec};
 use cm_model::Cond;
 use cm_train::{Batch, BatchSource, BoxError};
 use tch::Device;
@@ -17,6 +18,7 @@ pub struct Batches {
     stream: Option<(u64, cm_data::Batches)>,
     total_steps: u64,
     conditional: bool,
+    augment: Option<Augment>,
     device: Device,
 }
 
@@ -29,6 +31,7 @@ impl Batches {
             stream: None,
             total_steps: train.total_steps,
             conditional: experiment.network.num_classes() > 0,
+            augment: experiment.augment.map(Augment::new).transpose()?,
             device,
         })
     }
@@ -48,6 +51,46 @@ impl BatchSource for Batches {
     fn batch(&mut self, step: u64) -> Result<Batch, BoxError> {
         let batch = self.next(step)?;
         let labels = if self.conditional { batch.to_labels(self.device)? } else { None };
-        Ok(Batch { images: batch.to_images(self.device)?, cond: Cond { labels, augment: None } })
+        let images = batch.to_images(self.device)?;
+        let Some(augment) = &self.augment else {
+            return Ok(Batch { images, cond: Cond { labels, augment: None } });
+        };
+        // A run is at most 2^32 steps long.
+        let draw = |sample| Draws::at(self.loader.spec().seed, step as u32, sample);
+        let draws: Vec<Draws> = (0..batch.len() as u64).map(draw).collect();
+        let (images, parameters) = augment.apply(&images, &draws)?;
+        Ok(Batch { images, cond: Cond { labels, augment: Some(parameters) } })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use cm_data::AugmentSpec;
+
+    use super::*;
+    use crate::config::Source;
+
+    fn batch(augment: Option<AugmentSpec>, step: u64) -> Batch {
+        let sets = ["network.augment_dim=9".to_owned(), "train.batch=32".to_owned()];
+        let mut experiment = Experiment::read(&Source::find("digits-ct").unwrap(), &sets).unwrap();
+        experiment.augment = augment;
+        let data = experiment.data.open().unwrap();
+        Batches::open(&experiment, data, Device::Cpu).unwrap().batch(step).unwrap()
+    }
+
+    #[test]
+    fn an_augmented_batch_is_a_function_of_the_step_and_comes_with_its_labels() {
+        let spec = Some(AugmentSpec::edm_cifar10());
+        let (plain, once, again, other) = (batch(None, 3), batch(spec, 3), batch(spec, 3), batch(spec, 4));
+        assert!(plain.cond.augment.is_none());
+        let labels = |batch: &Batch| batch.cond.augment.as_ref().unwrap().shallow_clone();
+        assert_eq!((once.images.size(), labels(&once).size()), (plain.images.size(), vec![32, 9]));
+        assert!(once.images.equal(&again.images) && labels(&once).equal(&labels(&again)));
+        assert!(!labels(&once).equal(&labels(&other)));
+        // Images without labels are those of the plain batch, and the others are not.
+        let told = labels(&once).abs().sum_dim_intlist(1, false, None);
+        let changed = (once.images - plain.images).abs().sum_dim_intlist([1, 2, 3].as_slice(), false, None);
+        assert!(told.gt(0.0).equal(&changed.gt(0.0)));
+        assert!(told.gt(0.0).any().int64_value(&[]) == 1 && told.gt(0.0).all().int64_value(&[]) == 0);
     }
 }
