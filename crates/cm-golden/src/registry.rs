@@ -102,6 +102,7 @@ pub const CHECKERS: &[Checker] = &[
     checker(all("05h"), group05::dpmpp_2m),
     checker(only("07_lpips", "net", group07::PACKAGE_NETS), group07::package),
     checker(only("07_openai_lpips", "net", &["vgg16"]), group07::openai),
+    checker(only("07_openai_cd", "kind", &["CD"]), group04::teachers::consistency_distillation),
     checker(all("09"), group09::check),
 ];
 
@@ -111,7 +112,6 @@ pub const PENDING: &[Pending] = &[
     pending(only("05d", "fn", &["ablation_sampler"]), 4, "EDM's ablation samplers"),
     pending(all("05f"), 4, "sampling and editing in a third-party form"),
     pending(all("06"), 5, "metrics"),
-    pending(only("07_openai_cd", "kind", &["CD"]), 3, "distillation with LPIPS"),
     pending(all("08"), 5, "Inception features"),
 ];
 

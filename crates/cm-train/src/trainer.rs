@@ -333,10 +333,8 @@ impl<M: Trainable> Trainer<M> {
                 progressive_loss(student, teacher, &grid, example, distance, mode)
             }
             // `check_networks` has seen to it that they are there.
-            (Method::Distillation(_), None, _) => Err(missing("train.teacher", "set", "a teacher")),
-            (Method::Progressive { .. }, _, None) => {
-                Err(missing("train.target.kind", self.spec.target.name(), "a target network"))
-            }
+            (Method::Distillation(_), None, _) => Err(no_teacher()),
+            (Method::Progressive { .. }, _, None) => Err(no_target(&self.spec)),
         }
     }
 
@@ -402,23 +400,31 @@ impl<M: Trainable> Trainer<M> {
 /// Settings say which networks a run needs; those that were handed in have to be these.
 fn check_networks(spec: &TrainSpec, target: bool, teacher: bool) -> Result<()> {
     match (spec.target.has_network(), target) {
-        (true, false) => return Err(missing("train.target.kind", spec.target.name(), "a target network")),
-        (false, true) => return Err(unwanted("train.target.kind", spec.target.name(), "a target network")),
+        (true, false) => return Err(no_target(spec)),
+        (false, true) => {
+            let remedy = "hand over Networks::target = None, or set the kind to \"ema\"";
+            return Err(Error::setting("train.target.kind", spec.target.name(), "no target network", remedy));
+        }
         _ => {}
     }
     match (spec.teacher.is_some(), teacher) {
-        (true, false) => Err(missing("train.teacher", "set", "a teacher")),
-        (false, true) => Err(unwanted("train.teacher", "none", "a teacher")),
+        (true, false) => Err(no_teacher()),
+        (false, true) => {
+            let remedy = "hand over Networks::teacher = None, or set train.teacher = { solver = \"heun\" }";
+            Err(Error::setting("train.teacher", "none", "no teacher", remedy))
+        }
         _ => Ok(()),
     }
 }
 
-fn missing(key: &'static str, got: &str, what: &str) -> Error {
-    Error::setting(key, got, format!("{what} beside the student"), "the trainer was handed none")
+fn no_target(spec: &TrainSpec) -> Error {
+    let remedy = "hand a second network of the student's architecture over as Networks::target";
+    Error::setting("train.target.kind", spec.target.name(), "a target network", remedy)
 }
 
-fn unwanted(key: &'static str, got: &str, what: &str) -> Error {
-    Error::setting(key, got, "no such network", format!("the trainer was handed {what}"))
+fn no_teacher() -> Error {
+    let remedy = "hand its denoiser over as Networks::teacher, or leave train.teacher out";
+    Error::setting("train.teacher", "{ solver = … }", "a teacher to distil", remedy)
 }
 
 impl<M> std::fmt::Debug for Trainer<M> {

@@ -1,7 +1,8 @@
-//! Tests that need several modules: the laws of the losses, steps, checkpoints and runs.
+//! Tests that need several modules: the laws of the losses, steps, checkpoints, stages and runs.
 
 mod checkpoints;
 mod laws;
 mod recipes;
 mod runs;
+mod stages;
 mod steps;

@@ -1,14 +1,18 @@
 use std::rc::Rc;
 
 use cm_model::{
-    Cond, ImageDistance, ImageShape, Init, LpipsSpec, Mode, Params, ParamsBuilder, Sigma, TensorMap,
+    Cond, GaussianOracle, ImageDistance, ImageShape, Init, LpipsSpec, Mode, Params, ParamsBuilder, Sigma,
+    TensorMap,
 };
-use cm_schedule::{EmaRule, LrRule};
+use cm_schedule::{EmaRule, LrRule, NumScales};
 use cm_torch::optim::OptimKind;
 use tch::{Device, Kind, Tensor};
 
 use crate::testing::{LEVELS, Model, SHAPE, batch, mlp, spec, trainer};
-use crate::{Batch, Error, Metric, Networks, TargetRule, TrainSpec, Trainable, Trainer};
+use crate::{
+    Batch, Error, Metric, Networks, PairRule, TargetRule, TeacherRule, TeacherSolver, TrainSpec, Trainable,
+    Trainer,
+};
 
 /// Every tensor of a trainer's state.
 fn state(trainer: &Trainer<Model>) -> TensorMap {
@@ -205,19 +209,59 @@ fn the_tensor_that_spoils_a_gradient_is_named_or_repaired() {
 
 #[test]
 fn trainers_refuse_what_does_not_fit() {
-    let error = |spec: TrainSpec, target: Option<Model>| {
-        Trainer::new(Networks { target, ..Networks::of(mlp(0, 0.0)) }, &spec, LEVELS).unwrap_err().to_string()
-    };
-    assert!(error(spec(), None).contains("train.target.kind = ema"));
-    let live = TrainSpec { target: TargetRule::Live {}, ..spec() };
-    assert!(error(live, Some(mlp(1, 0.0))).contains("train.target.kind = live"));
     let clipped = TrainSpec { grad_clip: Some(f64::INFINITY), ..spec() };
-    assert!(error(clipped, Some(mlp(1, 0.0))).contains("train.grad_clip = inf"));
+    assert!(refusal(clipped, true, false).contains("train.grad_clip = inf"));
     let mut trainer = trainer(&spec(), 0.0);
     let error = trainer.step(&batch(0, 11)).unwrap_err().to_string();
     assert!(error.contains("12 images") && error.contains("11 images"), "{error}");
     let flat = Batch { images: batch(0, 12).images.view([12, 16]), cond: Cond::none() };
     assert!(trainer.step(&flat).is_err());
+}
+
+/// Why there is no trainer with, or without, a target network and a teacher.
+fn refusal(spec: TrainSpec, target: bool, teacher: bool) -> String {
+    let oracle = || GaussianOracle { data_std: 0.5, shape: SHAPE, sigma_range: LEVELS.range };
+    let networks = Networks {
+        student: mlp(0, 0.0),
+        target: target.then(|| mlp(1, 0.0)),
+        teacher: teacher.then(|| Box::new(oracle()) as _),
+        perceptual: None,
+    };
+    Trainer::new(networks, &spec, LEVELS).unwrap_err().to_string()
+}
+
+#[test]
+fn networks_that_do_not_go_with_the_settings_are_refused_by_key_and_remedy() {
+    let live = TrainSpec { target: TargetRule::Live {}, ..spec() };
+    let teacher = Some(TeacherRule { solver: TeacherSolver::Heun });
+    let distilled = TrainSpec { teacher, ..live.clone() };
+    let pairs = PairRule::Steps { rho: 7.0, num_scales: NumScales::Fixed { num_scales: 4 } };
+    let halved = TrainSpec { pairs, target: TargetRule::TwoSteps {}, ..spec() };
+    let no_target = "expected a target network; hand a second network of the student's architecture over";
+    let no_teacher =
+        "expected a teacher to distil; hand its denoiser over as Networks::teacher, or leave train";
+    let cases = [
+        (spec(), false, false, format!("train.target.kind = ema: {no_target}")),
+        (halved, false, false, format!("train.target.kind = two_steps: {no_target}")),
+        (
+            live.clone(),
+            true,
+            false,
+            "train.target.kind = live: expected no target network; hand over Networks::target = None".into(),
+        ),
+        (distilled, false, false, format!("train.teacher = {{ solver = … }}: {no_teacher}")),
+        (
+            live,
+            false,
+            true,
+            "train.teacher = none: expected no teacher; hand over Networks::teacher = None, or set".into(),
+        ),
+        (spec(), true, true, "train.teacher = none: expected no teacher".into()),
+    ];
+    for (spec, target, teacher, says) in cases {
+        let error = refusal(spec, target, teacher);
+        assert!(error.starts_with(&says), "{error}");
+    }
 }
 
 #[test]
