@@ -27,7 +27,6 @@ fn unit(offset: u32, index: u32) -> f64 {
 }
 
 /// The parameter `name` of a network whose weights are stated by `seed`: of rank 2 or more a weight, else a bias.
-#[must_use]
 pub fn parameter(name: &str, shape: &[i64], seed: u32) -> Tensor {
     let offset = fnv1a(name).wrapping_add(seed.wrapping_mul(0x9e37_79b9));
     let numel: i64 = shape.iter().product();

@@ -79,7 +79,6 @@ impl Form {
     ///
     /// # Shapes
     /// `[B, 1 or 3, H, W]` to `[B, 3, H', W']`, float32.
-    #[must_use]
     pub fn pixels(&self, images: &Tensor) -> Tensor {
         let images = images.to_kind(Kind::Float);
         let sized = match self.enlarges(images.size()[3]) {
