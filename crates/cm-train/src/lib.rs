@@ -23,6 +23,7 @@ mod logs;
 mod loss;
 mod memory;
 mod metric;
+mod networks;
 mod recipe;
 mod run;
 mod spec;
@@ -46,6 +47,7 @@ pub use loss::{
 };
 pub use memory::{MemoryModel, gigabytes, measure_activations};
 pub use metric::{Distance, Metric};
+pub use networks::Networks;
 pub use recipe::{
     Levels, Method, PairRule, Pairs, Place, Recipe, Schedule, TargetRule, TeacherRule, TeacherSolver,
 };
@@ -53,4 +55,4 @@ pub use run::{BatchSource, Ending, Observer, Resumed, RunSpec, Session, resume, 
 pub use spec::{TrainSpec, changed_settings, ema_name};
 pub use state::{Metadata, Weights};
 pub use trainable::Trainable;
-pub use trainer::{Batch, Networks, SampleLoss, StepReport, Trainer};
+pub use trainer::{Batch, SampleLoss, StepReport, Trainer};

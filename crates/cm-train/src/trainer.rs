@@ -1,14 +1,13 @@
-use std::rc::Rc;
-
-use cm_model::{Cond, Denoiser, ImageDistance, Mode, NoiseSource, Philox, Site};
+use cm_model::{Cond, Denoiser, Mode, NoiseSource, Philox, Site};
 use cm_schedule::rng::Purpose;
 use cm_schedule::{EmaRule, KarrasGrid};
 use cm_torch::optim::{self, EmaTarget, Optimizer, StepOptions};
 use tch::{Device, Kind, Tensor};
 
+use crate::networks;
 use crate::recipe::{Levels, Place, Schedule};
 use crate::{
-    Distance, Error, Example, Losses, Method, Result, Target, Teacher, TrainSpec, Trainable,
+    Distance, Error, Example, Losses, Method, Networks, Result, Target, Teacher, TrainSpec, Trainable,
     consistency_loss, denoising_loss, distillation_loss, ema_name, progressive_loss,
 };
 
@@ -64,26 +63,6 @@ pub(crate) struct Ema {
     pub(crate) tensors: Vec<Tensor>,
 }
 
-/// The networks that a run begins with.
-pub struct Networks<M> {
-    /// The network that is trained.
-    pub student: M,
-    /// A second network of the same architecture, needed if and only if [`crate::TargetRule::has_network`]. It starts
-    /// as a copy of the student.
-    pub target: Option<M>,
-    /// The denoiser that is distilled, needed if and only if the settings have a `teacher`.
-    pub teacher: Option<Box<dyn Denoiser>>,
-    /// What LPIPS measures with, where it is the metric; see [`crate::Metric::build_with`].
-    pub perceptual: Option<Rc<dyn ImageDistance>>,
-}
-
-impl<M> Networks<M> {
-    /// A student alone.
-    pub fn of(student: M) -> Self {
-        Self { student, target: None, teacher: None, perceptual: None }
-    }
-}
-
 /// A training run between two steps: the student, the target network and the teacher if the recipe has them, the
 /// averages, the optimiser and the position in the run.
 ///
@@ -111,9 +90,9 @@ impl<M: Trainable> Trainer<M> {
     /// [`Error::Setting`] and [`Error::MissingWeights`] for settings that cannot be used or do not go with the
     /// networks, [`Error::Model`] if the target's architecture is not the student's.
     pub fn new(networks: Networks<M>, spec: &TrainSpec, levels: Levels) -> Result<Self> {
+        networks.check(spec)?;
         let Networks { student, target, teacher, perceptual } = networks;
         let distance = spec.check_with(student.shape(), perceptual)?;
-        check_networks(spec, target.is_some(), teacher.is_some())?;
         if let Some(target) = &target {
             target.params().copy_from(student.params())?;
             target.params().set_requires_grad(false);
@@ -332,9 +311,9 @@ impl<M: Trainable> Trainer<M> {
                 let grid = KarrasGrid::new(self.levels.range, rho)?;
                 progressive_loss(student, teacher, &grid, example, distance, mode)
             }
-            // `check_networks` has seen to it that they are there.
-            (Method::Distillation(_), None, _) => Err(no_teacher()),
-            (Method::Progressive { .. }, _, None) => Err(no_target(&self.spec)),
+            // `Networks::check` has seen to it that they are there.
+            (Method::Distillation(_), None, _) => Err(networks::no_teacher()),
+            (Method::Progressive { .. }, _, None) => Err(networks::no_target(&self.spec)),
         }
     }
 
@@ -395,36 +374,6 @@ impl<M: Trainable> Trainer<M> {
         self.optimizer.step(&options, &named(&self.weights), &averages)?;
         Ok(())
     }
-}
-
-/// Settings say which networks a run needs; those that were handed in have to be these.
-fn check_networks(spec: &TrainSpec, target: bool, teacher: bool) -> Result<()> {
-    match (spec.target.has_network(), target) {
-        (true, false) => return Err(no_target(spec)),
-        (false, true) => {
-            let remedy = "hand over Networks::target = None, or set the kind to \"ema\"";
-            return Err(Error::setting("train.target.kind", spec.target.name(), "no target network", remedy));
-        }
-        _ => {}
-    }
-    match (spec.teacher.is_some(), teacher) {
-        (true, false) => Err(no_teacher()),
-        (false, true) => {
-            let remedy = "hand over Networks::teacher = None, or set train.teacher = { solver = \"heun\" }";
-            Err(Error::setting("train.teacher", "none", "no teacher", remedy))
-        }
-        _ => Ok(()),
-    }
-}
-
-fn no_target(spec: &TrainSpec) -> Error {
-    let remedy = "hand a second network of the student's architecture over as Networks::target";
-    Error::setting("train.target.kind", spec.target.name(), "a target network", remedy)
-}
-
-fn no_teacher() -> Error {
-    let remedy = "hand its denoiser over as Networks::teacher, or leave train.teacher out";
-    Error::setting("train.teacher", "{ solver = … }", "a teacher to distil", remedy)
 }
 
 impl<M> std::fmt::Debug for Trainer<M> {

@@ -275,3 +275,14 @@ fn a_run_is_a_function_of_its_seed() {
     assert!(equal(&run(1), &run(1)));
     assert!(!equal(&run(1), &run(2)));
 }
+
+#[test]
+fn a_teacher_of_other_images_is_refused() {
+    let shape = ImageShape { channels: 3, height: 4, width: 4 };
+    let oracle = GaussianOracle { data_std: 0.5, shape, sigma_range: LEVELS.range };
+    let teacher = Some(TeacherRule { solver: TeacherSolver::Euler });
+    let spec = TrainSpec { target: TargetRule::Live {}, teacher, ..spec() };
+    let networks = Networks { teacher: Some(Box::new(oracle)), ..Networks::of(mlp(0, 0.0)) };
+    let error = Trainer::new(networks, &spec, LEVELS).unwrap_err().to_string();
+    assert!(error.starts_with("teacher: expected images of 1×4×4") && error.contains("3×4×4"), "{error}");
+}
