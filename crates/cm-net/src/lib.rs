@@ -18,6 +18,7 @@ mod body;
 mod dhariwal_unet;
 mod embedding;
 mod error;
+pub mod import;
 mod layers;
 mod model;
 mod openai_unet;
