@@ -2,6 +2,7 @@
 
 mod data;
 mod inform;
+mod model;
 mod sample;
 mod train;
 mod wrong;
