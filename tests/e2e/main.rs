@@ -4,6 +4,7 @@ mod data;
 mod distill;
 mod inform;
 mod lpips;
+mod model;
 mod sample;
 mod train;
 mod wrong;

@@ -1,6 +1,7 @@
 //! Networks from the configurations that the references were built with.
 
 use cm_model::{Backbone, Cast, Cond, ImageShape, Params, ParamsBuilder, TensorMap};
+use cm_net::import::Architecture;
 use cm_net::reference::LearnedVariance;
 use cm_net::{
     AttnHeads, Decoder, DhariwalUnet, DhariwalUnetSpec, Encoder, NetSpec, NoiseEmbedding, OpenaiUnet,
@@ -71,6 +72,16 @@ impl Net {
 
     /// Loads the weights of a golden file, strictly.
     fn load(self, spec: &NetSpec, state: TensorMap) -> Result<Self> {
+        // What an import reads off the weights must be what the file says of them.
+        let found = Architecture::of(&state);
+        if !matches!(self, Net::LearnedVariance(_)) {
+            let differences = found?.differences(spec);
+            if !differences.is_empty() {
+                return problem(format!("the weights look otherwise: {}", differences.join("; ")));
+            }
+        } else if found.is_ok() {
+            return problem("the weights do not look like those of a network that predicts variances");
+        }
         self.params().load(&spec.names_from_published(state), Cast::Never)?;
         Ok(self)
     }

@@ -98,6 +98,20 @@ fn a_missing_tensor_key_or_file_fails() {
 }
 
 #[test]
+fn a_network_that_its_weights_do_not_show_fails() {
+    let dir = folder(&[]);
+    let other = |bundle: &mut Bundle| {
+        let config = bundle.metadata.get_mut("config").unwrap();
+        let changed = config.replace("\"num_res_blocks\": 1", "\"num_res_blocks\": 2");
+        assert_ne!(*config, changed);
+        *config = changed;
+    };
+    let report = check_changed(dir.path(), "04a_openai_net_student", other);
+    assert!(report.to_string().contains("the weights look otherwise: num_blocks 1, expected 2"), "{report}");
+    assert_eq!(report.num_failed(), 1, "{report}");
+}
+
+#[test]
 fn a_truncated_file_fails() {
     let dir = folder(&["04e_optim_ema"]);
     let path = dir.path().join("04e_optim_ema.safetensors");

@@ -50,7 +50,11 @@ impl Bundle {
                 problem: format!("tensor '{name}' has dtype {:?}, which is not supported", view.dtype()),
             })?;
             let size: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
-            tensors.insert(name.to_owned(), tensor_from_bytes(view.data(), &size, kind)?);
+            let tensor = tensor_from_bytes(view.data(), &size, kind).map_err(|e| Error::File {
+                path: path.into(),
+                problem: format!("tensor '{name}' of shape {size:?} cannot be made: {e}"),
+            })?;
+            tensors.insert(name.to_owned(), tensor);
         }
         Ok(Self { tensors, metadata })
     }
@@ -160,7 +164,7 @@ impl View for TensorView<'_> {
 
 fn tensor_from_bytes(bytes: &[u8], size: &[i64], kind: Kind) -> Result<Tensor> {
     if size.contains(&0) {
-        return Ok(Tensor::zeros(size, (kind, Device::Cpu)));
+        return Ok(Tensor::f_zeros(size, (kind, Device::Cpu))?);
     }
     Ok(Tensor::f_from_data_size(bytes, size, kind)?)
 }

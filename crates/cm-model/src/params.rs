@@ -70,8 +70,16 @@ pub struct Params {
 #[derive(Debug)]
 pub struct ParamsBuilder {
     entries: RefCell<BTreeMap<String, Entry>>,
-    seed: Option<u64>,
+    start: Start,
     device: Device,
+}
+
+/// What a builder's parameters hold before anything is loaded into them.
+#[derive(Debug, Clone, Copy)]
+enum Start {
+    Seed(u64),
+    Unset,
+    Shapes,
 }
 
 /// A place in the tree of names under which layers register their parameters.
@@ -84,13 +92,19 @@ pub struct ParamPath<'a> {
 impl ParamsBuilder {
     /// A builder whose parameters start from `seed` on `device`.
     pub fn new(seed: u64, device: Device) -> Self {
-        Self { entries: RefCell::default(), seed: Some(seed), device }
+        Self { entries: RefCell::default(), start: Start::Seed(seed), device }
     }
 
-    /// A builder whose parameters have shapes and no values yet: for a network that is loaded next, or whose
-    /// parameters are only counted. Memory is reserved, not written.
+    /// A builder whose parameters have shapes and no values yet: for a network that is loaded next. Memory is
+    /// reserved, not written.
     pub fn unset(device: Device) -> Self {
-        Self { entries: RefCell::default(), seed: None, device }
+        Self { entries: RefCell::default(), start: Start::Unset, device }
+    }
+
+    /// A builder whose parameters are shapes alone, without memory of their own: for a network whose parameters
+    /// are counted, or compared with a file, and never loaded or evaluated.
+    pub fn shapes() -> Self {
+        Self { entries: RefCell::default(), start: Start::Shapes, device: Device::Cpu }
     }
 
     /// The root of the names.
@@ -126,7 +140,7 @@ impl ParamPath<'_> {
     /// [`Error::DuplicateParameter`] if the name is taken.
     pub fn param(&self, name: &str, shape: &[i64], init: Init) -> Result<Tensor> {
         let full = self.full(name);
-        let tensor = self.start(&full, shape, init);
+        let tensor = self.start(&full, shape, init)?;
         self.register(full, tensor.set_requires_grad(true), true)
     }
 
@@ -143,14 +157,16 @@ impl ParamPath<'_> {
     /// # Errors
     /// [`Error::DuplicateParameter`] if the name is taken.
     pub fn normal_buffer(&self, name: &str, shape: &[i64], std: f64) -> Result<Tensor> {
-        self.buffer(name, &self.start(&self.full(name), shape, Init::Normal { std }))
+        self.buffer(name, &self.start(&self.full(name), shape, Init::Normal { std })?)
     }
 
-    fn start(&self, full: &str, shape: &[i64], init: Init) -> Tensor {
-        match self.builder.seed {
-            Some(seed) => initial(seed, full, shape, init).to_device(self.builder.device),
-            None => Tensor::empty(shape, (Kind::Float, self.builder.device)),
-        }
+    fn start(&self, full: &str, shape: &[i64], init: Init) -> Result<Tensor> {
+        let options = (Kind::Float, self.builder.device);
+        Ok(match self.builder.start {
+            Start::Seed(seed) => initial(seed, full, shape, init).to_device(self.builder.device),
+            Start::Unset => Tensor::f_empty(shape, options)?,
+            Start::Shapes => Tensor::zeros([1], options).f_expand(shape, false)?,
+        })
     }
 
     fn full(&self, name: impl std::fmt::Display) -> String {
@@ -226,15 +242,21 @@ impl Params {
     /// # Errors
     /// [`Error::Weights`] with every difference; nothing is loaded then.
     pub fn load(&self, tensors: &TensorMap, cast: Cast) -> Result<()> {
-        let differences = self.differences(tensors, cast);
-        if !differences.is_empty() {
-            return Err(Error::Weights { differences });
-        }
+        self.check(tensors, cast)?;
         let _no_grad = tch::no_grad_guard();
         for (name, tensor) in self.iter() {
             tensor.shallow_clone().f_copy_(&tensors[name])?;
         }
         Ok(())
+    }
+
+    /// Says whether [`Params::load`] would take `tensors`, and loads nothing.
+    ///
+    /// # Errors
+    /// As [`Params::load`].
+    pub fn check(&self, tensors: &TensorMap, cast: Cast) -> Result<()> {
+        let differences = self.differences(tensors, cast);
+        if differences.is_empty() { Ok(()) } else { Err(Error::Weights { differences }) }
     }
 
     /// Copies the values of another network of the same architecture.

@@ -137,6 +137,25 @@ fn weights_start_from_their_name_and_load_strictly() {
 }
 
 #[test]
+fn parameters_that_are_shapes_alone_take_no_memory_and_are_compared() {
+    let builder = ParamsBuilder::shapes();
+    // 4 TB, if it were made.
+    let side = 1 << 20;
+    let _weight = builder.root().param("w", &[side, side], Init::Zeros).unwrap();
+    let _buffer = builder.root().normal_buffer("b", &[2], 1.0).unwrap();
+    let params = builder.finish();
+    assert_eq!((params.num_parameters(), params.get("w").unwrap().size()), (side * side, vec![side, side]));
+    let tensors = |size: &[i64], kind: Kind| {
+        let tensor = Tensor::zeros(size, (kind, Device::Cpu));
+        [("b".to_owned(), tensor.shallow_clone()), ("w".to_owned(), tensor)].into()
+    };
+    let line = params.check(&tensors(&[2], Kind::Half), Cast::Never).unwrap_err().to_string();
+    assert!(line.contains("'b' has dtype Half") && line.contains("'w' has shape [2]"), "{line}");
+    let line = params.check(&tensors(&[2], Kind::Half), Cast::Floats).unwrap_err().to_string();
+    assert!(!line.contains("'b'"), "{line}");
+}
+
+#[test]
 fn starts_have_the_moments_that_they_claim() {
     let builder = ParamsBuilder::new(3, Device::Cpu);
     let shape = [64, 32, 3, 3];

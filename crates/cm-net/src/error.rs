@@ -60,6 +60,22 @@ pub enum Error {
         #[source]
         source: cm_model::Error,
     },
+    /// A file in a published form that cannot be read, or that does not say enough.
+    #[error("{path}: {problem}")]
+    Import {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is wrong with it and what to do.
+        problem: String,
+    },
+    /// A kind of model that there is not.
+    #[error("kind '{got}': expected {expected}")]
+    Kind {
+        /// What came.
+        got: String,
+        /// What there is.
+        expected: String,
+    },
     /// What the crates below refused.
     #[error(transparent)]
     Model(#[from] cm_model::Error),

@@ -20,6 +20,7 @@ mod body;
 mod dhariwal_unet;
 mod embedding;
 mod error;
+pub mod import;
 mod layers;
 pub mod lpips;
 mod model;

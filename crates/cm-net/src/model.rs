@@ -11,7 +11,7 @@ use cm_model::{
 use serde::{Deserialize, Serialize};
 use tch::Device;
 
-use crate::{Error, NetSpec, Result};
+use crate::{Error, NetSpec, Result, import};
 
 /// The metadata key that holds a [`ModelSpec`] as JSON. It is the only one, since safetensors writes several keys
 /// in no fixed order and files shall be reproducible byte for byte.
@@ -119,11 +119,17 @@ impl ModelSpec {
         BTreeMap::from([(KEY.to_owned(), json)])
     }
 
-    fn from_metadata(path: &Path, metadata: &BTreeMap<String, String>) -> Result<Self> {
+    /// Whether a safetensors file's metadata hold a description.
+    pub(crate) fn describes(metadata: &BTreeMap<String, String>) -> bool {
+        metadata.contains_key(KEY)
+    }
+
+    pub(crate) fn from_metadata(path: &Path, metadata: &BTreeMap<String, String>) -> Result<Self> {
         let not_a_model = |problem: String| Error::NotAModel { path: path.into(), problem };
         let json = metadata.get(KEY).ok_or_else(|| {
             not_a_model(format!(
-                "a safetensors file without a description of its model (metadata key '{KEY}')"
+                "a safetensors file without a description of its model (metadata key '{KEY}'); `cm model import` \
+                 adds one to published weights"
             ))
         })?;
         #[derive(Deserialize)]
@@ -172,12 +178,24 @@ pub struct ModelFile {
 }
 
 impl ModelFile {
+    /// A file as it came from another form.
+    pub(crate) fn new(path: &Path, spec: ModelSpec, tensors: TensorMap) -> Self {
+        Self { path: path.into(), spec, tensors }
+    }
+
+    /// The file that it was read from.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Reads a file that [`save_model`] or [`save_tensors`] wrote.
     ///
     /// # Errors
     /// [`Error::NotAModel`] for another kind of safetensors file; [`cm_model::Error`] for a file that is missing,
     /// truncated or no safetensors file.
     pub fn read(path: &Path) -> Result<Self> {
+        not_of_torch(path)?;
         let Bundle { tensors, metadata } = Bundle::read(path)?;
         Ok(Self { path: path.into(), spec: ModelSpec::from_metadata(path, &metadata)?, tensors })
     }
@@ -312,6 +330,14 @@ pub fn load(path: &Path, device: Device) -> Result<Model> {
     ModelFile::read(path)?.model(device, Compute::default())
 }
 
+fn not_of_torch(path: &Path) -> Result<()> {
+    if import::is_torch(path)? {
+        let problem = "a file of PyTorch, not a model file; `cm model import` makes one of it".to_owned();
+        return Err(Error::NotAModel { path: path.into(), problem });
+    }
+    Ok(())
+}
+
 /// What a file of weights holds.
 #[derive(Debug, Clone)]
 pub struct ModelInfo {
@@ -331,9 +357,10 @@ pub struct ModelInfo {
 /// # Errors
 /// As [`ModelFile::read`] and [`ModelFile::backbone`].
 pub fn inspect(path: &Path) -> Result<ModelInfo> {
+    not_of_torch(path)?;
     let (metadata, tensors) = Bundle::read_header(path)?;
     let spec = ModelSpec::from_metadata(path, &metadata)?;
-    let net = spec.net.build_with(ParamsBuilder::unset(Device::Cpu))?;
+    let net = spec.net.build_with(ParamsBuilder::shapes())?;
     let mut expected: BTreeMap<&str, Vec<i64>> = net.params().iter().map(|(n, t)| (n, t.size())).collect();
     let mut differences = Vec::new();
     for (name, shape, _) in &tensors {

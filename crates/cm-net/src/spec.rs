@@ -222,7 +222,7 @@ impl NetSpec {
     /// # Errors
     /// [`Error::Option`] for options that do not go together.
     pub fn num_parameters(&self) -> Result<i64> {
-        Ok(self.build_with(ParamsBuilder::unset(Device::Cpu))?.params().num_parameters())
+        Ok(self.build_with(ParamsBuilder::shapes())?.params().num_parameters())
     }
 
     /// Shape of the images.
@@ -370,7 +370,8 @@ impl OpenaiUnetSpec {
     }
 
     pub(crate) fn attends(&self, level: usize) -> bool {
-        self.attn_resolutions.contains(&(self.image_size >> level))
+        let side = self.image_size.checked_shr(level as u32);
+        side.is_some_and(|side| self.attn_resolutions.contains(&side))
     }
 
     pub(crate) fn heads(&self, channels: i64) -> i64 {

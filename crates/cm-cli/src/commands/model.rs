@@ -1,16 +1,48 @@
-//! `cm model`: what a model file says about itself.
+//! `cm model`: what a file of weights says about itself, and ways from and to published forms.
 
+use std::path::{Path, PathBuf};
+
+use anyhow::anyhow;
+use cm_net::import::{self, Description, Kind};
 use cm_train::gigabytes;
 
-use crate::args::ModelCommand;
+use crate::args::{ExportForm, ModelCommand};
 use crate::exit::{OrUsage, Outcome};
 use crate::runs;
+use crate::ui::Bar;
+
+/// Bytes from which on reading gets a bar.
+const SLOW: u64 = 200_000_000;
+const MB: u64 = 1_000_000;
 
 /// Runs `cm model …`.
 pub fn model(command: &ModelCommand) -> Outcome {
-    let ModelCommand::Info { file } = command;
-    let path = runs::find_model(file, None).or_usage()?;
-    let info = cm_net::inspect(&path).or_usage()?;
+    match command {
+        ModelCommand::Info { file } => info(file),
+        ModelCommand::Import { file, kind, out } => import(file, kind.as_deref(), out),
+        ModelCommand::Export { file, to, out } => export(file, *to, out),
+    }
+}
+
+/// A file or folder of a published form, or what a run folder means.
+fn find(file: &Path) -> Outcome<PathBuf> {
+    if import::is_diffusers_folder(file) {
+        return Ok(file.to_owned());
+    }
+    runs::find_model(file, None).or_usage()
+}
+
+fn info(file: &Path) -> Outcome {
+    let path = find(file)?;
+    let description = import::describe(&path).or_usage()?;
+    match description.own {
+        true => own_info(&path),
+        false => published_info(&path, &description),
+    }
+}
+
+fn own_info(path: &Path) -> Outcome {
+    let info = cm_net::inspect(path).or_usage()?;
     let precond = &info.spec.precond;
     let shape = info.spec.net.image_shape();
     println!("file        {}", path.display());
@@ -33,6 +65,85 @@ pub fn model(command: &ModelCommand) -> Outcome {
     }
     println!("network     {}", serde_json::to_string(&info.spec.net)?);
     Ok(())
+}
+
+fn published_info(path: &Path, description: &Description) -> Outcome {
+    let architecture = description.architecture.as_ref();
+    let architecture = architecture.map_err(|why| anyhow!("{}: {why}", path.display())).or_usage()?;
+    println!("file        {}", path.display());
+    println!("form        {}", description.form);
+    let dtypes = join(description.dtypes.iter().map(String::as_str));
+    println!("size        {} in {dtypes}", gigabytes(description.bytes));
+    println!("numbers     {} in {} tensors", description.num_scalars, description.num_tensors);
+    println!("network     {architecture}");
+    let option = match (&description.spec, description.kinds.as_slice()) {
+        (Some(spec), _) => {
+            println!("role        {}", spec.role);
+            ""
+        }
+        (None, kinds) => {
+            let names = join(kinds.iter().map(Kind::name));
+            println!("kinds       {}", if kinds.is_empty() { "none of the published" } else { &names });
+            " --as KIND"
+        }
+    };
+    println!("import      cm model import {}{option} -o model.safetensors", path.display());
+    Ok(())
+}
+
+/// Where other kinds of weights than models' get a form of their own, `--as` tells them apart here.
+fn import(file: &Path, kind: Option<&str>, out: &Path) -> Outcome {
+    let kind = kind.map(str::parse::<Kind>).transpose().or_usage()?;
+    let path = find(file)?;
+    if same(&path, out) {
+        return Err(anyhow!("{}: -o names the file that is read", out.display())).or_usage();
+    }
+    let (mut bar, mut shown) = (None::<Bar>, 0);
+    let model = import::load_any_watched(&path, kind, &mut |done, total| {
+        if total > SLOW && done / MB > shown {
+            shown = done / MB;
+            let bar = bar.get_or_insert_with(|| Bar::new("reading", "MB", 0, total / MB));
+            bar.set(shown, if shown == total / MB { "then writing".to_owned() } else { String::new() });
+        }
+    });
+    let written =
+        model.or_usage().and_then(|model| Ok(cm_net::save_tensors(out, model.tensors, &model.spec)?));
+    if let Some(bar) = bar {
+        bar.finish();
+    }
+    written?;
+    own_info(out)
+}
+
+fn export(file: &Path, to: ExportForm, out: &Path) -> Outcome {
+    let path = find(file)?;
+    if same(&path, out) {
+        return Err(anyhow!("{}: -o names the file that is read", out.display())).or_usage();
+    }
+    let model = import::load_any(&path, None).or_usage()?;
+    match to {
+        ExportForm::Openai => import::export_openai(&model, out).or_usage()?,
+        ExportForm::Diffusers => import::export_diffusers(&model, out).or_usage()?,
+    }
+    println!("{}: {} in {} form", out.display(), model.spec.role, name(to));
+    if to == ExportForm::Diffusers && model.spec.role == cm_net::Role::Denoiser {
+        println!(
+            "diffusers has a pipeline for consistency functions alone: unet/ was written, without a scheduler"
+        );
+    }
+    Ok(())
+}
+
+fn name(form: ExportForm) -> &'static str {
+    match form {
+        ExportForm::Openai => "OpenAI's",
+        ExportForm::Diffusers => "diffusers'",
+    }
+}
+
+/// Whether two paths lead to one file that is there.
+fn same(one: &Path, other: &Path) -> bool {
+    matches!((one.canonicalize(), other.canonicalize()), (Ok(one), Ok(other)) if one == other)
 }
 
 fn join<'a>(words: impl Iterator<Item = &'a str>) -> String {
