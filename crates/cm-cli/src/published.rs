@@ -29,17 +29,6 @@ fn parts(name: &str) -> (&str, &str) {
 }
 
 #[test]
-fn every_file_is_a_preset() {
-    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs");
-    let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name());
-    let mut files: Vec<String> = files.map(|name| name.into_string().unwrap()).collect();
-    let mut presets: Vec<String> = PRESETS.iter().map(|(name, _)| format!("{name}.toml")).collect();
-    files.sort();
-    presets.sort();
-    assert_eq!(files, presets);
-}
-
-#[test]
 fn networks_have_the_published_numbers_of_parameters() {
     for (name, experiment) in published() {
         let want = match (parts(name), experiment.network.image_shape().height) {
