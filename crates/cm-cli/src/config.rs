@@ -6,23 +6,54 @@ use anyhow::{Context, Result, anyhow, bail};
 use serde::de::DeserializeOwned;
 use toml::{Table, Value};
 
-/// The experiments that are built into the command, so that `--config digits-ct` works from any folder.
-pub const PRESETS: &[(&str, &str)] = &[
-    ("digits-edm", include_str!("../../../configs/digits-edm.toml")),
-    ("digits-cd", include_str!("../../../configs/digits-cd.toml")),
-    ("digits-ct", include_str!("../../../configs/digits-ct.toml")),
-    ("digits-ict", include_str!("../../../configs/digits-ict.toml")),
-    ("digits-ect", include_str!("../../../configs/digits-ect.toml")),
-    ("digits-pd", include_str!("../../../configs/digits-pd.toml")),
-    ("emoji-ect", include_str!("../../../configs/emoji-ect.toml")),
-    ("cifar10-ct", include_str!("../../../configs/cifar10-ct.toml")),
-    ("cifar10-ct-released", include_str!("../../../configs/cifar10-ct-released.toml")),
-    ("imagenet64-ct", include_str!("../../../configs/imagenet64-ct.toml")),
-    ("imagenet64-ct-released", include_str!("../../../configs/imagenet64-ct-released.toml")),
-    ("lsun-bedroom256-ct", include_str!("../../../configs/lsun-bedroom256-ct.toml")),
-    ("lsun-bedroom256-ct-released", include_str!("../../../configs/lsun-bedroom256-ct-released.toml")),
-    ("lsun-cat256-ct", include_str!("../../../configs/lsun-cat256-ct.toml")),
-    ("lsun-cat256-ct-released", include_str!("../../../configs/lsun-cat256-ct-released.toml")),
+/// A name and the text of its file, for each experiment in `configs/`.
+macro_rules! presets {
+    ($($name:literal),* $(,)?) => {
+        &[$(($name, include_str!(concat!("../../../configs/", $name, ".toml")))),*]
+    };
+}
+
+/// The experiments that are built into the command, so that `--config digits-ct` works from any folder: by data set,
+/// and teachers before their students.
+pub const PRESETS: &[(&str, &str)] = presets![
+    "digits-edm",
+    "digits-cd",
+    "digits-ct",
+    "digits-ict",
+    "digits-ect",
+    "digits-pd",
+    "emoji-ect",
+    "cifar10-edm",
+    "cifar10-edm-released",
+    "cifar10-edm-ddpmpp",
+    "cifar10-edm-cond",
+    "cifar10-cd",
+    "cifar10-cd-l1",
+    "cifar10-cd-l2",
+    "cifar10-pd",
+    "cifar10-ct",
+    "cifar10-ct-released",
+    "cifar10-ict",
+    "cifar10-ect",
+    "cifar10-ect-1hour",
+    "imagenet64-edm",
+    "imagenet64-cd",
+    "imagenet64-cd-released",
+    "imagenet64-cd-l2",
+    "imagenet64-ct",
+    "imagenet64-ct-released",
+    "lsun-bedroom256-edm",
+    "lsun-bedroom256-cd",
+    "lsun-bedroom256-cd-released",
+    "lsun-bedroom256-cd-l2",
+    "lsun-bedroom256-ct",
+    "lsun-bedroom256-ct-released",
+    "lsun-cat256-edm",
+    "lsun-cat256-cd",
+    "lsun-cat256-cd-released",
+    "lsun-cat256-cd-l2",
+    "lsun-cat256-ct",
+    "lsun-cat256-ct-released",
 ];
 
 /// The text of an experiment and what to call it in errors.

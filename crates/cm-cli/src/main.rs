@@ -12,6 +12,8 @@ mod experiment;
 mod lpips;
 mod net;
 mod pictures;
+#[cfg(test)]
+mod published;
 mod runs;
 mod sources;
 mod ui;
