@@ -43,6 +43,9 @@ pub enum Command {
     /// Look at data sets.
     #[command(subcommand)]
     Data(DataCommand),
+    /// Download published weights.
+    #[command(subcommand)]
+    Fetch(FetchCommand),
     /// Look at model files.
     #[command(subcommand)]
     Model(ModelCommand),
@@ -86,6 +89,11 @@ Examples:
   cm sample runs/digits --sampler multistep --sigmas 80,0.8 --seeds 0-15 --out out/two-step
   cm sample model.safetensors --sampler multistep --ts 0,22,39 --class 3
   cm sample runs/edm --sampler heun --steps 18";
+
+const FETCH_LPIPS_EXAMPLES: &str = "\
+Examples:
+  cm fetch lpips
+  cm fetch lpips --net all";
 
 const DEMO_EXAMPLES: &str = "\
 Examples:
@@ -346,6 +354,35 @@ pub enum DataCommand {
         #[arg(long, value_name = "DIR", default_value = "data/cifar10")]
         out: PathBuf,
     },
+}
+
+/// `cm fetch …`.
+#[derive(Debug, Subcommand)]
+pub enum FetchCommand {
+    /// Download torchvision's weights and make the files of them that the metric LPIPS reads; a torn download goes on
+    /// where it stood.
+    #[command(after_help = FETCH_LPIPS_EXAMPLES)]
+    Lpips {
+        /// The network: vgg16 is 0.53 GB, alex 0.24 GB, squeeze 5 MB.
+        #[arg(long, value_enum, default_value_t = LpipsChoice::Vgg16)]
+        net: LpipsChoice,
+        /// Folder for the files. What lies there already is not fetched again.
+        #[arg(long, value_name = "DIR", default_value = "data/lpips")]
+        out: PathBuf,
+    },
+}
+
+/// Networks of LPIPS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LpipsChoice {
+    /// VGG-16, with which the released consistency models were trained.
+    Vgg16,
+    /// AlexNet.
+    Alex,
+    /// SqueezeNet 1.1.
+    Squeeze,
+    /// All three.
+    All,
 }
 
 /// `cm model …`.
