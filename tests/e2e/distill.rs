@@ -2,6 +2,8 @@
 
 use cm_tests::{Cm, Sandbox, assert_same_checkpoint, largest_difference};
 
+use crate::model::{TINY, fixture};
+
 /// EDM's diffusion training (Karras et al. 2022) in place of the CT of `tiny.toml`.
 const EDM: &[&str] = &[
     "train.pairs={kind='denoise', sigma={mean=-1.2, std=1.2}}",
@@ -158,4 +160,30 @@ fn presets_that_distil_a_teacher_are_found_or_listed() {
     assert!(done.stdout.contains("teacher ") && done.stdout.contains("step, 1 image"), "{}", done.stdout);
     let words = ["it trains a consistency model", "cifar10-edm"];
     sandbox.cm("train-teacher --config digits-ct --out x").run().fails(2, &words);
+}
+
+/// The network of the fixture in OpenAI's names, which knows ten classes.
+const OPENAI: &[&str] = &[
+    "network={kind='openai_unet', image_size=8, image_channels=3, num_classes=10, model_channels=32, \
+     channel_mult=[1,2], num_blocks=1, attn_resolutions=[4], attn_heads={head_channels=32}, dropout=0.0, \
+     scale_shift_norm=true, resblock_updown=true}",
+    "data={kind='digits', channels='rgb', labels='auto'}",
+    "precond.noise_cond=thousand_quarter_log",
+    "train.total_steps=2",
+];
+
+#[test]
+fn a_published_form_teaches_as_it_is_once_its_kind_is_told() {
+    let sandbox = Sandbox::new();
+    sandbox.write("edm.pt", fixture("openai_cond.pt.gz"));
+    let line = "distill --teacher edm.pt --config tiny.toml --device cpu --out cd";
+    sandbox.cm(line).set(CD).set(OPENAI).run().fails(2, &["edm.pt", "--as KIND"]);
+    let kind = TINY.replace("role=consistency", "role=denoiser");
+    sandbox.cm(&format!("{line} {kind}")).set(CD).set(OPENAI).run().ok();
+    sandbox.cm("sample cd --class 7 --seeds 0-1 --device cpu --out out").run().ok();
+    // The same weights as what they are not.
+    let words = ["a consistency function cannot teach"];
+    sandbox.cm(&format!("{line}2 {TINY}")).set(CD).set(OPENAI).run().fails(2, &words);
+    let line = "train --init-from edm.pt --config tiny.toml --device cpu --out ct";
+    sandbox.cm(&format!("{line} {TINY}")).set(OPENAI).run().ok();
 }

@@ -8,9 +8,9 @@ use cm_model::Bundle;
 use cm_tests::{Sandbox, root};
 
 /// The kind of the small networks in OpenAI's names among the fixtures.
-const TINY: &str = "--as openai:image_size=8,head_channels=32,role=consistency";
+pub const TINY: &str = "--as openai:image_size=8,head_channels=32,role=consistency";
 
-fn fixture(name: &str) -> Vec<u8> {
+pub fn fixture(name: &str) -> Vec<u8> {
     let path = root().join("crates/cm-net/tests/fixtures").join(name);
     let bytes = fs::read(&path).unwrap();
     match name.ends_with(".gz") {

@@ -103,13 +103,23 @@ fn data_that_is_missing_names_file_place_and_demo() {
 fn a_machine_without_network_is_told_which_file_goes_where() {
     let sandbox = Sandbox::new();
     // A proxy that nobody is behind stands for a line that is down.
-    let mut command = sandbox.cm("train-cifar10 --device cpu --out run").set(&["train.metric=l2"]);
-    for name in ["ALL_PROXY", "HTTPS_PROXY", "https_proxy"] {
-        command = command.env(name, "http://127.0.0.1:9");
-    }
-    let command = command.env("NO_PROXY", "").env("no_proxy", "");
+    let offline = |mut command: Cm| {
+        for name in ["ALL_PROXY", "HTTPS_PROXY", "https_proxy"] {
+            command = command.env(name, "http://127.0.0.1:9");
+        }
+        command.env("NO_PROXY", "").env("no_proxy", "")
+    };
+    let command = sandbox.cm("train-cifar10 --device cpu --out run").set(&["train.metric=l2"]);
     let words = ["cannot download https://", "cifar-10-binary.tar.gz into data/cifar10", "cargo xtask demo"];
-    refused(&sandbox, command, &words);
+    refused(&sandbox, offline(command), &words);
+    let words =
+        ["cannot download https://", "put alexnet-owt-7be5be79.pth into data/lpips", "call this again"];
+    refused(&sandbox, offline(sandbox.cm("fetch lpips --net alex")), &words);
+    // Another file under that name is named, and kept.
+    sandbox.write("data/lpips/alexnet-owt-7be5be79.pth", "mine");
+    let words = ["alexnet-owt-7be5be79.pth", "expected SHA-256 7be5be79", "delete it"];
+    refused(&sandbox, offline(sandbox.cm("fetch lpips --net alex")), &words);
+    assert_eq!(sandbox.read("data/lpips/alexnet-owt-7be5be79.pth"), "mine");
 }
 
 /// Writes `count` grey PNGs of `side` pixels into `folder`.

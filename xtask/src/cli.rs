@@ -108,6 +108,14 @@ All arguments go to `cm train-teacher`; `cargo xtask cm train-teacher --help` li
 All arguments go to `cm distill`; `cargo xtask cm distill --help` lists them.")]
     Distill(Rest),
 
+    /// Download published weights, such as those of the metric LPIPS
+    #[command(after_help = "Examples:
+  cargo xtask fetch lpips             into data/lpips, where training looks for them
+  cargo xtask fetch lpips --net all
+
+All arguments go to `cm fetch`; `cargo xtask cm fetch --help` lists them.")]
+    Fetch(Rest),
+
     /// Build the program cm and call it
     #[command(after_help = "Examples:
   cargo xtask cm --help
@@ -184,6 +192,7 @@ pub fn run(cli: Cli) -> Result<u8> {
         Command::TrainCifar10(rest) => runner::program("cm", &["train-cifar10"], rest.args),
         Command::TrainTeacher(rest) => runner::program("cm", &["train-teacher"], rest.args),
         Command::Distill(rest) => runner::program("cm", &["distill"], rest.args),
+        Command::Fetch(rest) => runner::program("cm", &["fetch"], rest.args),
         Command::Cm(cm) => runner::program("cm", &[], cm.args),
     }
 }
@@ -244,6 +253,9 @@ mod tests {
         let cli = Cli::try_parse_from(["xtask", "demo", "--seconds", "60", "--out", "o", "--help"]).unwrap();
         let Command::Demo(rest) = cli.command else { panic!("not a demo") };
         assert_eq!(rest.args, ["--seconds", "60", "--out", "o", "--help"]);
+        let cli = Cli::try_parse_from(["xtask", "fetch", "lpips", "--net", "all"]).unwrap();
+        let Command::Fetch(rest) = cli.command else { panic!("not a fetch") };
+        assert_eq!(rest.args, ["lpips", "--net", "all"]);
         for (given, passed) in
             [(vec!["xtask", "cm", "--help"], vec!["--help"]), (vec!["xtask", "cm", "--", "-V"], vec!["-V"])]
         {

@@ -43,6 +43,9 @@ pub enum Command {
     /// Look at data sets.
     #[command(subcommand)]
     Data(DataCommand),
+    /// Download published weights.
+    #[command(subcommand)]
+    Fetch(FetchCommand),
     /// Look at model files, and bring them from and to published forms.
     #[command(subcommand)]
     Model(ModelCommand),
@@ -77,6 +80,7 @@ Examples:
   cm distill --teacher runs/edm --data ~/cifar-10-binary.tar.gz
   cm distill --teacher edm.safetensors --config cifar10-cd --set train.metric=l2
   cm distill --teacher edm.safetensors --config cifar10-pd
+  cm distill --teacher edm_imagenet64_ema.pt --as openai-imagenet64-edm --data ~/imagenet64.zip
   cm distill --teacher edm.safetensors --config cifar10-ect      (starts from the teacher's weights)
   cm distill --config imagenet64-cd --dry-run";
 
@@ -86,6 +90,11 @@ Examples:
   cm sample runs/digits --sampler multistep --sigmas 80,0.8 --seeds 0-15 --out out/two-step
   cm sample model.safetensors --sampler multistep --ts 0,22,39 --class 3
   cm sample runs/edm --sampler heun --steps 18";
+
+const FETCH_LPIPS_EXAMPLES: &str = "\
+Examples:
+  cm fetch lpips
+  cm fetch lpips --net all";
 
 const DEMO_EXAMPLES: &str = "\
 Examples:
@@ -126,8 +135,13 @@ pub struct TeacherArgs {
 /// Options of `cm distill`.
 #[derive(Debug, Args)]
 pub struct DistillArgs {
-    /// The diffusion model: a model file, or the folder of a run or checkpoint.
-    #[arg(long, value_name = "FILE", required_unless_present_any = ["dry_run", "resume"])]
+    /// The diffusion model: a file in any form that `cm model import` reads, or the folder of a run or checkpoint.
+    #[arg(
+        long,
+        value_name = "FILE",
+        required_unless_present_any = ["dry_run", "resume"],
+        conflicts_with_all = ["init_from", "resume"]
+    )]
     pub teacher: Option<PathBuf>,
     /// Experiment: a TOML file, or the name of a preset [default: the preset that distils such a network].
     #[arg(long, value_name = "FILE|PRESET")]
@@ -175,9 +189,13 @@ pub struct RunArgs {
     /// Build the network, run one step at micro-batch 1 on made-up pixels, print parameters, memory and config.
     #[arg(long)]
     pub dry_run: bool,
-    /// Begin with the weights of this model: a model file, or the folder of a run or checkpoint.
+    /// Begin with the weights of this model: a file in any form that `cm model import` reads, or the folder of a run
+    /// or checkpoint.
     #[arg(long, value_name = "MODEL", conflicts_with = "resume")]
     pub init_from: Option<PathBuf>,
+    /// What the weights of --teacher or --init-from do not say of themselves, as for `cm model import`.
+    #[arg(long = "as", value_name = "KIND")]
+    pub kind: Option<String>,
     /// Change a value of the experiment; may be given several times.
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     pub sets: Vec<String>,
@@ -348,6 +366,35 @@ pub enum DataCommand {
     },
 }
 
+/// `cm fetch …`.
+#[derive(Debug, Subcommand)]
+pub enum FetchCommand {
+    /// Download torchvision's weights and make the files of them that the metric LPIPS reads; a torn download goes on
+    /// where it stood.
+    #[command(after_help = FETCH_LPIPS_EXAMPLES)]
+    Lpips {
+        /// The network: vgg16 is 0.53 GB, alex 0.24 GB, squeeze 5 MB.
+        #[arg(long, value_enum, default_value_t = LpipsChoice::Vgg16)]
+        net: LpipsChoice,
+        /// Folder for the files. What lies there already is not fetched again.
+        #[arg(long, value_name = "DIR", default_value = "data/lpips")]
+        out: PathBuf,
+    },
+}
+
+/// Networks of LPIPS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LpipsChoice {
+    /// VGG-16, with which the released consistency models were trained.
+    Vgg16,
+    /// AlexNet.
+    Alex,
+    /// SqueezeNet 1.1.
+    Squeeze,
+    /// All three.
+    All,
+}
+
 /// `cm model …`.
 #[derive(Debug, Subcommand)]
 pub enum ModelCommand {
@@ -394,14 +441,18 @@ pub enum ExportForm {
     Diffusers,
 }
 
+/// Kinds of weights that are no model: what a metric measures with.
+pub const LPIPS_KINDS: &str = "lpips-vgg16, lpips-alex, lpips-squeeze";
+
 /// The help of `--as`.
 fn kinds() -> String {
     format!(
         "What the weights do not say of themselves: whether the model is a denoiser or a consistency function and, \
          for OpenAI's network, the size of images and attention heads. One of {}; or, for a network of your own, \
-         {}. Without it the kinds that fit are listed.",
+         {}; or, for torchvision's weights of the networks of LPIPS, {}. Without it the kinds that fit are listed.",
         cm_net::import::Kind::names(),
-        cm_net::import::OWN_KINDS
+        cm_net::import::OWN_KINDS,
+        LPIPS_KINDS
     )
 }
 
@@ -409,6 +460,7 @@ const IMPORT_EXAMPLES: &str = "\
 Examples:
   cm model import cd_imagenet64_l2.pt --as openai-imagenet64-cd -o cd.safetensors
   cm model import diffusers-ct_bedroom256 -o ct.safetensors
+  cm model import vgg16-397923af.pth --as lpips-vgg16 -o data/lpips/lpips-vgg16.safetensors
   cm model import own.pt --as openai:image_size=32,head_channels=64,role=denoiser -o own.safetensors";
 
 const EXPORT_EXAMPLES: &str = "\

@@ -45,6 +45,7 @@ fn run(command: &Command) -> exit::Outcome {
         Command::Sample(args) => commands::sample::sample(args),
         Command::Demo(args) => demo::demo(args),
         Command::Data(command) => commands::data::data(command),
+        Command::Fetch(command) => commands::fetch::fetch(command),
         Command::Model(command) => commands::model::model(command),
         Command::Preset(command) => commands::preset::preset(command),
         Command::Doctor => commands::doctor::doctor(),

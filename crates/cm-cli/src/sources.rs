@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use cm_model::{Cast, Denoiser, Preconditioned};
+use cm_net::import::{self, Kind};
 use cm_net::{ModelFile, NetSpec, PrecondSpec, Role};
 use cm_train::{Method, Trainable};
 use serde::{Deserialize, Serialize};
@@ -18,20 +19,28 @@ use crate::runs;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelSource {
-    /// A model file, or the folder of a run or checkpoint.
+    /// A file or folder, or the folder of a run or checkpoint.
     pub path: PathBuf,
+    /// What its weights do not say of themselves; see `cm model import --help`.
+    #[serde(rename = "as", default, skip_serializing_if = "Option::is_none")]
+    pub kind: Option<String>,
 }
 
 impl ModelSource {
     /// The model at `path`, which is kept absolute: a run may be resumed from another folder.
-    pub fn at(path: &Path) -> Result<Self> {
-        Ok(Self { path: std::path::absolute(path).with_context(|| path.display().to_string())? })
+    pub fn at(path: &Path, kind: Option<&str>) -> Result<Self> {
+        let path = std::path::absolute(path).with_context(|| path.display().to_string())?;
+        Ok(Self { path, kind: kind.map(str::to_owned) })
     }
 
     /// Reads the file, its weights included.
     pub fn read(&self) -> Result<ModelFile> {
-        let path = runs::find_model(&self.path, None)?;
-        ModelFile::read(&path).with_context(|| format!("{}", path.display()))
+        let kind = self.kind.as_deref().map(str::parse::<Kind>).transpose()?;
+        let path = match import::is_diffusers_folder(&self.path) {
+            true => self.path.clone(),
+            false => runs::find_model(&self.path, None)?,
+        };
+        Ok(import::load_any(&path, kind)?)
     }
 }
 

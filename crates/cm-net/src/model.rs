@@ -200,12 +200,6 @@ impl ModelFile {
         Ok(Self { path: path.into(), spec: ModelSpec::from_metadata(path, &metadata)?, tensors })
     }
 
-    /// Where it was read.
-    #[must_use]
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
     /// The raw network, with gradients off (switch them on to train it further).
     ///
     /// Weights that are stored in half precision or bfloat16 become float32.

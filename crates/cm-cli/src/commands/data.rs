@@ -3,10 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
-use cm_data::download::{Download, Progress};
+use cm_data::download::Download;
 use cm_data::{InspectOptions, cifar, inspect};
-use indicatif::{ProgressBar, ProgressStyle};
 
+use super::fetch::with_progress;
 use crate::args::DataCommand;
 use crate::exit::{OrUsage, Outcome};
 use crate::pictures;
@@ -49,19 +49,5 @@ pub fn place_of_cifar10(given: Option<&Path>, other: Option<cm_train::Error>) ->
 
 /// Downloads CIFAR-10's binary archive into `folder`, with a progress bar.
 fn fetch_cifar10(folder: &Path) -> Result<PathBuf> {
-    let download = Download::cifar10(folder);
-    eprintln!("fetching {} into {}", download.url, folder.display());
-    let bar = ProgressBar::no_length();
-    let template = "{bytes}/{total_bytes} {wide_bar:.cyan/blue} {bytes_per_sec}  ETA {eta}";
-    if let Ok(style) = ProgressStyle::with_template(template) {
-        bar.set_style(style);
-    }
-    let result = download.run(&mut |progress: Progress| {
-        if let Some(total) = progress.total {
-            bar.set_length(total);
-        }
-        bar.set_position(progress.done);
-    });
-    bar.finish_and_clear();
-    Ok(result?)
+    with_progress(&Download::cifar10(folder))
 }

@@ -15,12 +15,14 @@ use crate::sources::{ModelSource, differences};
 /// Runs `cm distill`.
 pub fn distill(args: &DistillArgs) -> Outcome {
     let config = match (&args.config, &args.teacher) {
-        (None, Some(teacher)) if !args.run.resume => Some(preset_for(teacher).or_usage()?),
+        (None, Some(teacher)) if !args.run.resume => {
+            Some(preset_for(teacher, args.run.kind.as_deref()).or_usage()?)
+        }
         (config, _) => config.clone(),
     };
     let (mut experiment, folder) = train::read(config.as_deref(), &args.run).or_usage()?;
     if let Some(teacher) = &args.teacher {
-        let source = ModelSource::at(teacher).or_usage()?;
+        let source = ModelSource::at(teacher, args.run.kind.as_deref()).or_usage()?;
         match experiment.train.recipe().method() {
             Method::Distillation(_) | Method::Progressive { .. } => experiment.teacher = Some(source),
             // These recipes have no teacher at their side; they start from its weights.
@@ -31,8 +33,8 @@ pub fn distill(args: &DistillArgs) -> Outcome {
 }
 
 /// The preset of consistency distillation as the paper has it (they are named `…-cd`) that fits a teacher.
-fn preset_for(teacher: &Path) -> Result<String> {
-    let file = ModelSource::at(teacher)?.read()?;
+fn preset_for(teacher: &Path, kind: Option<&str>) -> Result<String> {
+    let file = ModelSource::at(teacher, kind)?.read()?;
     let mut fitting = Vec::new();
     for (name, _) in PRESETS {
         let experiment = Experiment::read(&Source::find(name)?, &[])?;

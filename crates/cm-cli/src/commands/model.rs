@@ -2,11 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::anyhow;
+use anyhow::{Context, anyhow};
 use cm_net::import::{self, Description, Kind};
+use cm_net::lpips::{self, LpipsNet};
 use cm_train::gigabytes;
 
-use crate::args::{ExportForm, ModelCommand};
+use crate::args::{ExportForm, LPIPS_KINDS, ModelCommand};
 use crate::exit::{OrUsage, Outcome};
 use crate::runs;
 use crate::ui::Bar;
@@ -91,8 +92,10 @@ fn published_info(path: &Path, description: &Description) -> Outcome {
     Ok(())
 }
 
-/// Where other kinds of weights than models' get a form of their own, `--as` tells them apart here.
 fn import(file: &Path, kind: Option<&str>, out: &Path) -> Outcome {
+    if let Some(net) = kind.and_then(|kind| kind.strip_prefix("lpips-")) {
+        return import_lpips(file, net, out);
+    }
     let kind = kind.map(str::parse::<Kind>).transpose().or_usage()?;
     let path = find(file)?;
     if same(&path, out) {
@@ -113,6 +116,20 @@ fn import(file: &Path, kind: Option<&str>, out: &Path) -> Outcome {
     }
     written?;
     own_info(out)
+}
+
+/// torchvision's weights become the file that LPIPS is read from.
+fn import_lpips(file: &Path, net: &str, out: &Path) -> Outcome {
+    let named = LpipsNet::ALL.into_iter().find(|known| known.to_string() == net);
+    let net = named.with_context(|| format!("--as lpips-{net}: expected one of {LPIPS_KINDS}")).or_usage()?;
+    if same(file, out) {
+        return Err(anyhow!("{}: -o names the file that is read", out.display())).or_usage();
+    }
+    let tensors = import::read_torch(file).or_usage()?;
+    let bundle = lpips::convert(tensors, net).with_context(|| file.display().to_string()).or_usage()?;
+    bundle.write(out)?;
+    println!("{}: LPIPS with {net}, heads v0.1", out.display());
+    Ok(())
 }
 
 fn export(file: &Path, to: ExportForm, out: &Path) -> Outcome {

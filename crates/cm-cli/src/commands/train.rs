@@ -83,7 +83,7 @@ pub fn read(config: Option<&str>, args: &RunArgs) -> Result<(Experiment, PathBuf
         None => bail!("--config is missing: a TOML file or a preset, such as --config digits-ct"),
     };
     if let Some(path) = &args.init_from {
-        experiment.init = Some(ModelSource::at(path)?);
+        experiment.init = Some(ModelSource::at(path, args.kind.as_deref())?);
     }
     Ok((experiment, folder))
 }

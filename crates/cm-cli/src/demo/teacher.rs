@@ -51,7 +51,7 @@ pub fn train(preset: &str, args: &DemoArgs, seconds: f64, out: &Path, stop: &Ato
     }?;
     let total = started.elapsed().as_secs_f64();
     Ok(Teacher {
-        model: ModelSource::at(&folder)?,
+        model: ModelSource::at(&folder, None)?,
         speed: Speed::new(&experiment, trainer.steps_done(), train_seconds, total),
         images: images.to_device(Device::Cpu),
     })
