@@ -116,9 +116,10 @@ class Tensor:
 
 def reconstruct(meta):
     """In the place of EDM's function that runs the embedded source and makes an object of its class."""
-    if not isinstance(meta, dict) or meta.get("type") != "class" or not isinstance(meta.get("state"), dict):
+    state = meta.get("state") if isinstance(meta, dict) else meta
+    if not isinstance(meta, dict) or meta.get("type") != "class" or not isinstance(state, (dict, type(None))):
         raise Refused("an object that is not in EDM's form of pickled classes")
-    return Module(str(meta.get("class_name")), meta["state"])
+    return Module(str(meta.get("class_name")), state)
 
 
 def parameter(data, *_):

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow};
+use cm_net::ModelFile;
 use cm_net::import::{self, Description, Kind};
 use cm_net::lpips::{self, LpipsNet};
 use cm_train::gigabytes;
@@ -101,21 +102,31 @@ fn import(file: &Path, kind: Option<&str>, out: &Path) -> Outcome {
     if same(&path, out) {
         return Err(anyhow!("{}: -o names the file that is read", out.display())).or_usage();
     }
-    let (mut bar, mut shown) = (None::<Bar>, 0);
-    let model = import::load_any_watched(&path, kind, &mut |done, total| {
-        if total > SLOW && done / MB > shown {
-            shown = done / MB;
-            let bar = bar.get_or_insert_with(|| Bar::new("reading", "MB", 0, total / MB));
-            bar.set(shown, if shown == total / MB { "then writing".to_owned() } else { String::new() });
-        }
-    });
+    let (model, bar) = read(&path, kind);
     let written =
         model.or_usage().and_then(|model| Ok(cm_net::save_tensors(out, model.tensors, &model.spec)?));
+    finish(bar);
+    written?;
+    own_info(out)
+}
+
+/// Reads a model; a large one with a bar, which stays while the caller writes.
+fn read(path: &Path, kind: Option<Kind>) -> (cm_net::Result<ModelFile>, Option<Bar>) {
+    let (mut bar, mut shown) = (None::<Bar>, 0);
+    let model = import::load_any_watched(path, kind, &mut |done, total| {
+        if total > SLOW && (done / MB > shown || bar.is_none()) {
+            shown = done / MB;
+            let bar = bar.get_or_insert_with(|| Bar::new("reading", "MB", 0, total / MB));
+            bar.set(shown, if done == total { "done, writing …".to_owned() } else { String::new() });
+        }
+    });
+    (model, bar)
+}
+
+fn finish(bar: Option<Bar>) {
     if let Some(bar) = bar {
         bar.finish();
     }
-    written?;
-    own_info(out)
 }
 
 /// torchvision's weights become the file that LPIPS is read from.
@@ -137,11 +148,16 @@ fn export(file: &Path, to: ExportForm, out: &Path) -> Outcome {
     if same(&path, out) {
         return Err(anyhow!("{}: -o names the file that is read", out.display())).or_usage();
     }
-    let model = import::load_any(&path, None).or_usage()?;
-    match to {
-        ExportForm::Openai => import::export_openai(&model, out).or_usage()?,
-        ExportForm::Diffusers => import::export_diffusers(&model, out).or_usage()?,
-    }
+    let (model, bar) = read(&path, None);
+    let written = model.and_then(|model| {
+        match to {
+            ExportForm::Openai => import::export_openai(&model, out)?,
+            ExportForm::Diffusers => import::export_diffusers(&model, out)?,
+        }
+        Ok(model)
+    });
+    finish(bar);
+    let model = written.or_usage()?;
     println!("{}: {} in {} form", out.display(), model.spec.role, name(to));
     if to == ExportForm::Diffusers && model.spec.role == cm_net::Role::Denoiser {
         println!(

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use cm_model::schedule::NoiseCond;
-use cm_model::{Bundle, Params, ParamsBuilder, TensorMap};
+use cm_model::{Params, ParamsBuilder, TensorMap};
 use serde_json::Value;
 use tch::Tensor;
 
@@ -73,7 +73,7 @@ pub(super) fn load(folder: &Path, kind: Option<Kind>, watch: Watch<'_>) -> Resul
     let theirs = if weights.ends_with(OLD_WEIGHTS) {
         TorchFile::open(&weights)?.tensors(watch)?
     } else {
-        Bundle::read(&weights)?.tensors
+        super::read_safetensors(&weights, watch)?.tensors
     };
     let tensors = to_ours(&weights, &net, theirs)?;
     super::check(&weights, &spec.net, &tensors)?;

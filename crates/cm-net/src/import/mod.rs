@@ -69,7 +69,7 @@ pub fn load_any_watched(path: &Path, kind: Option<Kind>, watch: Watch<'_>) -> Re
             from_published(path, file.tensors(watch)?, kind)
         }
         Form::Safetensors => {
-            let Bundle { tensors, metadata } = Bundle::read(path)?;
+            let Bundle { tensors, metadata } = read_safetensors(path, watch)?;
             if !ModelSpec::describes(&metadata) {
                 return from_published(path, tensors, kind);
             }
@@ -80,6 +80,15 @@ pub fn load_any_watched(path: &Path, kind: Option<Kind>, watch: Watch<'_>) -> Re
             }
         }
     }
+}
+
+/// One read: progress is nothing or all.
+fn read_safetensors(path: &Path, watch: Watch<'_>) -> Result<Bundle> {
+    let total = std::fs::metadata(path).map_or(0, |file| file.len());
+    watch(0, total);
+    let bundle = Bundle::read(path)?;
+    watch(total, total);
+    Ok(bundle)
 }
 
 /// What a file holds, as far as it says.
