@@ -1,5 +1,6 @@
 //! Laws of the files in `configs/`, and the numbers of the published runs that they stand for.
 
+use cm_data::AugmentSpec;
 use cm_schedule::curriculum::{EctAdjust, Reading};
 use cm_schedule::{Ect, NumScales, TargetEma};
 use cm_torch::optim::OptimKind;
@@ -43,6 +44,18 @@ fn networks_have_the_published_numbers_of_parameters() {
             _ => 526_304_771,
         };
         assert_eq!(experiment.network.num_parameters().unwrap(), want, "{name}");
+    }
+}
+
+/// EDM's own diffusion models are told how their images were augmented, and nothing else is augmented but by flips.
+#[test]
+fn the_augmentation_is_edms() {
+    for (name, experiment) in published() {
+        let told = ["edm", "edm-ddpmpp", "edm-cond"].contains(&parts(name).1) && parts(name).0 == "cifar10";
+        assert_eq!(experiment.augment, told.then(AugmentSpec::edm_cifar10), "{name}");
+        assert_eq!(experiment.network.augment_dim(), if told { 9 } else { 0 }, "{name}");
+        // ECT's script does not mirror, and augmentation has a flip of its own.
+        assert_eq!(experiment.data.flip, !told && !parts(name).1.starts_with("ect"), "{name}");
     }
 }
 
