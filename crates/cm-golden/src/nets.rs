@@ -161,7 +161,19 @@ fn default_dropout() -> f64 {
     0.1
 }
 
+/// The resolutions among `places` that one of the levels has: the references pass over any other.
+fn present(places: &[i64], image_size: i64, levels: usize) -> Vec<i64> {
+    let has = |place: &&i64| (0..levels as u32).any(|level| image_size >> level == **place);
+    places.iter().filter(has).copied().collect()
+}
+
 impl EdmConfig {
+    /// Where its blocks have attention; `usual` and so many levels where it does not say.
+    fn attention(&self, usual: &[i64], levels: usize) -> Vec<i64> {
+        let levels = self.channel_mult.as_ref().map_or(levels, Vec::len);
+        present(self.attn_resolutions.as_deref().unwrap_or(usual), self.img_resolution, levels)
+    }
+
     fn song(&self, ect: bool) -> Result<SongUnetSpec> {
         let word = |option: &Option<String>, default: &str| option.clone().unwrap_or_else(|| default.into());
         Ok(SongUnetSpec {
@@ -173,7 +185,7 @@ impl EdmConfig {
             channel_mult: self.channel_mult.clone().unwrap_or_else(|| vec![1, 2, 2, 2]),
             channel_mult_emb: self.channel_mult_emb.unwrap_or(4),
             num_blocks: self.num_blocks.unwrap_or(4),
-            attn_resolutions: self.attn_resolutions.clone().unwrap_or_else(|| vec![16]),
+            attn_resolutions: self.attention(&[16], 4),
             dropout: self.dropout,
             label_dropout: self.label_dropout,
             embedding: match word(&self.embedding_type, "positional").as_str() {
@@ -207,7 +219,7 @@ impl EdmConfig {
             channel_mult: self.channel_mult.clone().unwrap_or_else(|| vec![1, 2, 3, 4]),
             channel_mult_emb: self.channel_mult_emb.unwrap_or(4),
             num_blocks: self.num_blocks.unwrap_or(3),
-            attn_resolutions: self.attn_resolutions.clone().unwrap_or_else(|| vec![32, 16, 8]),
+            attn_resolutions: self.attention(&[32, 16, 8], 4),
             dropout: self.dropout,
             label_dropout: self.label_dropout,
         }
@@ -273,14 +285,19 @@ pub fn openai_network(golden: &Golden) -> Result<Net> {
     if config.learn_sigma || config.use_fp16 || config.num_heads_upsample != -1 {
         return problem("learn_sigma, use_fp16 and num_heads_upsample are not known here");
     }
+    let channel_mult = integers(&config.channel_mult)?;
     let spec = OpenaiUnetSpec {
         image_size: config.image_size,
         image_channels: 3,
         num_classes: if config.class_cond { golden.meta("num_classes")? } else { 0 },
         model_channels: config.num_channels,
-        channel_mult: integers(&config.channel_mult)?,
+        channel_mult: channel_mult.clone(),
         num_blocks: config.num_res_blocks,
-        attn_resolutions: integers(&config.attention_resolutions)?,
+        attn_resolutions: present(
+            &integers(&config.attention_resolutions)?,
+            config.image_size,
+            channel_mult.len(),
+        ),
         attn_heads: match config.num_head_channels {
             -1 => AttnHeads::NumHeads(config.num_heads),
             channels => AttnHeads::HeadChannels(channels),

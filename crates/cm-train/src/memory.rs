@@ -128,6 +128,9 @@ mod tests {
         assert_eq!(memory.total(), None);
         memory.activations_per_image = Some(1000);
         assert_eq!(memory.total(), Some(memory.fixed() + 1000 * memory.micro_batch));
+        let teacher = Some(crate::TeacherRule { solver: crate::TeacherSolver::Heun });
+        let taught = MemoryModel::new(params, &crate::TrainSpec { teacher, ..spec() }, true);
+        assert_eq!(taught.fixed(), memory.fixed() + memory.weights);
         let table = memory.to_string();
         assert!(table.contains("target network") && table.lines().count() == 9, "{table}");
     }

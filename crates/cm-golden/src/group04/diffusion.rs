@@ -82,12 +82,11 @@ fn levels(golden: &Golden) -> Result<(Vec<f64>, Weighting, f64)> {
         }
         "VPLoss" => {
             let arguments: VpArguments = golden.meta_json("loss_kwargs")?;
-            if (arguments.beta_d, arguments.beta_min) != (19.9, 0.1) {
-                return problem("the VP model has β_d = 19.9 and β_min = 0.1 built in");
-            }
             let draws = golden.input_values("rnd_uniform")?;
             let time = |u: f64| 1.0 + u * (arguments.epsilon_t - 1.0);
-            let levels = draws.into_iter().map(|u| f64::from(Vp::sigma(time(u) as f32))).collect();
+            let (beta_d, beta_min) = (arguments.beta_d as f32, arguments.beta_min as f32);
+            let level = |u: f64| f64::from(Vp::sigma_with(time(u) as f32, beta_d, beta_min));
+            let levels = draws.into_iter().map(level).collect();
             Ok((levels, Weighting::Snr, 1.0))
         }
         other => problem(format!("the loss '{other}' is not known here")),

@@ -25,7 +25,13 @@ impl Vp {
     /// σ(τ) = √(exp(β_d τ²/2 + β_min τ) − 1) with β_d = 19.9 and β_min = 0.1, in f32.
     #[must_use]
     pub fn sigma(tau: f32) -> f32 {
-        (libm::expf(0.5 * Self::BETA_D * (tau * tau) + Self::BETA_MIN * tau) - 1.0).sqrt()
+        Self::sigma_with(tau, Self::BETA_D, Self::BETA_MIN)
+    }
+
+    /// [`sigma`](Self::sigma) with other β_d and β_min, as a training may have them.
+    #[must_use]
+    pub fn sigma_with(tau: f32, beta_d: f32, beta_min: f32) -> f32 {
+        (libm::expf(0.5 * beta_d * (tau * tau) + beta_min * tau) - 1.0).sqrt()
     }
 
     /// τ(σ) = (√(β_min² + 2 β_d ln(1 + σ²)) − β_min)/β_d, the inverse of [`sigma`](Self::sigma), in f32.
