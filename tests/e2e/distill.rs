@@ -49,6 +49,12 @@ fn survives(sets: &[&str], step: u64) -> Sandbox {
     running.wait_for_step(&sandbox.path("killed"), step);
     running.signal("KILL");
     assert_eq!(running.wait().code, None, "killed");
+    // The teacher goes on, which changes nothing for what was distilled from it; and where it is needed no more it
+    // may even move.
+    sandbox.cm("train --resume --device cpu --out edm").set(&["train.total_steps=40"]).run().ok();
+    if sets == PD {
+        std::fs::rename(sandbox.path("edm"), sandbox.path("moved")).expect("moving the teacher");
+    }
     sandbox.cm("distill --resume --device cpu --out killed").run().ok();
     let last = |out: &str| sandbox.path(format!("{out}/checkpoints/step-00000030"));
     assert_same_checkpoint(&last("whole"), &last("killed"));
@@ -130,6 +136,12 @@ fn a_teacher_that_does_not_fit_is_one_error_before_any_data_is_touched() {
     refused(distill(&sandbox, CD, "x").set(&other), &words);
     let words = ["it makes images of 1×8×8", "3×8×8"];
     refused(distill(&sandbox, CD, "x").set(&["network.image_channels=3"]), &words);
+    // The data of CIFAR-10 would be fetched: it is not, for a model that is not there.
+    for line in ["distill --teacher missing.pt", "train-cifar10 --init-from missing.pt"] {
+        let command = sandbox.cm(&format!("{line} --config cifar10-ct --device cpu --out x"));
+        command.run().fails(2, &["missing.pt", "no such file"]);
+    }
+    assert!(sandbox.list("data").is_empty());
     let line = "distill --teacher missing.pt --config tiny.toml --device cpu --out x";
     refused(sandbox.cm(line).set(CD), &["missing.pt", "no such file"]);
     sandbox.write("torn.pt", "PK\u{3}\u{4} and no more");
@@ -157,9 +169,15 @@ fn presets_that_distil_a_teacher_are_found_or_listed() {
     let words = ["no preset has a network like it", "cm preset show", "--config"];
     sandbox.cm("distill --teacher edm --device cpu --out x").run().fails(2, &words);
     let done = sandbox.cm("distill --teacher digits --device cpu --dry-run --out x").run().ok();
-    assert!(done.stdout.contains("teacher ") && done.stdout.contains("step, 1 image"), "{}", done.stdout);
-    let words = ["it trains a consistency model", "cifar10-edm"];
-    sandbox.cm("train-teacher --config digits-ct --out x").run().fails(2, &words);
+    let row = done.stdout.lines().find_map(|line| line.strip_prefix("teacher ")).expect("a row of memory");
+    assert!(!row.contains(" 0.00 GB") && done.stdout.contains("step, 1 image"), "{}", done.stdout);
+    let words = ["it does not train a diffusion model", "cifar10-edm"];
+    for config in ["digits-ct", "digits-pd"] {
+        sandbox.cm(&format!("train-teacher --config {config} --out x")).run().fails(2, &words);
+    }
+    let words = ["it trains a diffusion model, which distils nothing"];
+    sandbox.cm("distill --teacher digits --config digits-edm --out x").run().fails(2, &words);
+    sandbox.cm("train --config digits-ct --as edm --out x").run().fails(2, &["--as belongs to"]);
 }
 
 /// The network of the fixture in OpenAI's names, which knows ten classes.

@@ -133,6 +133,12 @@ impl Experiment {
         }
     }
 
+    /// The steps of the student of the stage before, which teaches; none for the first teacher, a diffusion model.
+    pub fn teacher_steps(&self, steps_done: u64) -> Option<usize> {
+        let stage = self.train.recipe().stage(steps_done.saturating_sub(1), self.train.total_steps)?;
+        (stage.start > 0).then(|| self.student_steps(stage.start)).flatten()
+    }
+
     /// The noise levels that recipes draw from.
     pub fn levels(&self) -> Result<Levels> {
         Ok(Levels { range: self.precond.sigma_range()?, sigma_data: self.precond.sigma_data })

@@ -19,7 +19,7 @@ use crate::runs;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelSource {
-    /// A file or folder, or the folder of a run or checkpoint.
+    /// A file, or a folder of diffusers.
     pub path: PathBuf,
     /// What its weights do not say of themselves; see `cm model import --help`.
     #[serde(rename = "as", default, skip_serializing_if = "Option::is_none")]
@@ -27,20 +27,23 @@ pub struct ModelSource {
 }
 
 impl ModelSource {
-    /// The model at `path`, which is kept absolute: a run may be resumed from another folder.
+    /// The model that `path` means: a file, a folder of diffusers, or the newest checkpoint of a run.
+    ///
+    /// What is kept is the file, since a run may get newer checkpoints, and its absolute path, since what starts from it
+    /// may be resumed from another folder.
     pub fn at(path: &Path, kind: Option<&str>) -> Result<Self> {
-        let path = std::path::absolute(path).with_context(|| path.display().to_string())?;
+        let path = match import::is_diffusers_folder(path) {
+            true => path.to_owned(),
+            false => runs::find_model(path, None)?,
+        };
+        let path = std::path::absolute(&path).with_context(|| path.display().to_string())?;
         Ok(Self { path, kind: kind.map(str::to_owned) })
     }
 
     /// Reads the file, its weights included.
     pub fn read(&self) -> Result<ModelFile> {
         let kind = self.kind.as_deref().map(str::parse::<Kind>).transpose()?;
-        let path = match import::is_diffusers_folder(&self.path) {
-            true => self.path.clone(),
-            false => runs::find_model(&self.path, None)?,
-        };
-        Ok(import::load_any(&path, kind)?)
+        Ok(import::load_any(&self.path, kind)?)
     }
 }
 
@@ -53,10 +56,21 @@ pub struct Start {
 
 impl Start {
     /// Reads the models that the experiment names and checks that they fit it.
-    pub fn read(experiment: &Experiment) -> Result<Self> {
+    ///
+    /// A run that goes on has weights of its own and, in progressive distillation, its teacher among them: it needs
+    /// nothing but the teacher of a consistency distillation.
+    pub fn read(experiment: &Experiment, goes_on: bool) -> Result<Self> {
         let method = experiment.train.recipe().method();
-        let teacher = experiment.teacher.as_ref().map(ModelSource::read).transpose()?;
-        let init = experiment.init.as_ref().map(ModelSource::read).transpose()?;
+        if goes_on && !matches!(method, Method::Distillation(_)) {
+            return Ok(Self::default());
+        }
+        let read = |key: &str, source: &ModelSource| {
+            let model = source.read();
+            model.with_context(|| format!("{key}.path (--set {key}.path=FILE names another)"))
+        };
+        let teacher = experiment.teacher.as_ref().map(|source| read("teacher", source)).transpose()?;
+        let init = experiment.init.as_ref().filter(|_| !goes_on);
+        let init = init.map(|source| read("init", source)).transpose()?;
         let needs_teacher = matches!(method, Method::Distillation(_) | Method::Progressive { .. });
         if needs_teacher && teacher.is_none() {
             bail!(
@@ -69,7 +83,7 @@ impl Start {
             check_teacher(file, experiment)?;
         }
         // A student starts from its teacher unless it is told otherwise.
-        if let Some(file) = init.as_ref().or(teacher.as_ref()) {
+        if let Some(file) = init.as_ref().or(teacher.as_ref()).filter(|_| !goes_on) {
             check_fit(file, experiment)?;
         }
         Ok(Self { teacher, init })
@@ -85,7 +99,7 @@ impl Start {
             }
         }
         let loaded = student.params().load(&tensors, Cast::Floats);
-        Ok(loaded.with_context(|| file.path().display().to_string())?)
+        loaded.with_context(|| file.path().display().to_string())
     }
 
     /// The teacher that a consistency distillation asks at every step.

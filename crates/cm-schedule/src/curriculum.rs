@@ -46,7 +46,7 @@ pub enum NumScales {
     /// # Source
     /// Progressive distillation (arXiv 2202.00512) algorithm 2, with the stage lengths of Consistency Models' code.
     ProgDist {
-        /// Student steps of the first stage; a power of two.
+        /// Student steps of the first stage; a power of two, 2 or more.
         start: usize,
         /// Optimisation steps of each stage but the last two.
         steps_per_stage: u64,
@@ -140,7 +140,8 @@ impl NumScales {
             }
             NumScales::ProgDist { start, steps_per_stage } => {
                 let advice = "each stage halves the number of steps";
-                ensure(start.is_power_of_two(), "start", start as f64, "a power of two", advice)?;
+                let possible = start >= 2 && start.is_power_of_two();
+                ensure(possible, "start", start as f64, "a power of two, 2 or more", advice)?;
                 let advice = "it is the length of a stage in optimisation steps";
                 // Twice its length, and its sum over the stages, have to be numbers of steps too.
                 let possible = (1..=u64::from(u32::MAX)).contains(&steps_per_stage);

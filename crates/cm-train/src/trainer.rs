@@ -205,11 +205,12 @@ impl<M: Trainable> Trainer<M> {
         let mean = |values: &mut dyn Iterator<Item = f64>| values.sum::<f64>() / samples.len() as f64;
         let loss = mean(&mut samples.iter().map(|s| s.0.loss));
         let grad_norm = self.check_finite(loss)?;
-        // Each stage is a training of its own, to the learning rate too.
+        // Each stage is a training of its own, to the learning rate and the averages too.
         let span = stage.unwrap_or(0..self.spec.total_steps);
         let (at, length) = (self.step - span.start, span.end - span.start);
-        let lr = self.spec.lr * self.spec.lr_rule.factor(at, self.images, length);
-        self.update(&schedule, lr, grad_norm)?;
+        let seen = self.images.saturating_sub(span.start * self.spec.batch as u64);
+        let lr = self.spec.lr * self.spec.lr_rule.factor(at, seen, length);
+        self.update(&schedule, lr, grad_norm, seen)?;
         self.step += 1;
         self.images += samples.len() as u64;
         Ok(StepReport {
@@ -356,7 +357,7 @@ impl<M: Trainable> Trainer<M> {
     }
 
     /// Moves the weights, then the averages and the target, in one pass over memory on the CPU.
-    fn update(&mut self, schedule: &Schedule, lr: f64, grad_norm: f64) -> Result<()> {
+    fn update(&mut self, schedule: &Schedule, lr: f64, grad_norm: f64, seen: u64) -> Result<()> {
         let clip = self.spec.grad_clip.filter(|&most| grad_norm.is_finite() && grad_norm > most);
         let options = StepOptions {
             grad_scale: clip.map_or(1.0, |most| most / grad_norm),
@@ -367,7 +368,7 @@ impl<M: Trainable> Trainer<M> {
         let mut averages: Vec<EmaTarget<'_>> = self
             .emas
             .iter()
-            .map(|ema| EmaTarget { beta: ema.rule.beta(self.images, batch), tensors: &ema.tensors })
+            .map(|ema| EmaTarget { beta: ema.rule.beta(seen, batch), tensors: &ema.tensors })
             .collect();
         // Algorithm 3, last lines: θ⁻ follows the θ that this step made.
         averages.extend(schedule.mu.map(|mu| EmaTarget { beta: mu, tensors: &self.target_weights }));

@@ -5,10 +5,10 @@ use std::path::Path;
 use anyhow::{Result, bail};
 use cm_train::Method;
 
-use super::train;
+use super::train::{self, Data};
 use crate::args::DistillArgs;
 use crate::config::{PRESETS, Source};
-use crate::exit::{OrUsage, Outcome};
+use crate::exit::{Failure, OrUsage, Outcome};
 use crate::experiment::Experiment;
 use crate::sources::{ModelSource, differences};
 
@@ -25,11 +25,18 @@ pub fn distill(args: &DistillArgs) -> Outcome {
         let source = ModelSource::at(teacher, args.run.kind.as_deref()).or_usage()?;
         match experiment.train.recipe().method() {
             Method::Distillation(_) | Method::Progressive { .. } => experiment.teacher = Some(source),
-            // These recipes have no teacher at their side; they start from its weights.
-            Method::Consistency | Method::Denoising => experiment.init = Some(source),
+            // Consistency training has no teacher at its side; it starts from its weights.
+            Method::Consistency => experiment.init = Some(source),
+            Method::Denoising => {
+                return Err(Failure::Usage(anyhow::anyhow!(
+                    "experiment {}: it trains a diffusion model, which distils nothing; train it further with cm train \
+                     --init-from",
+                    experiment.name
+                )));
+            }
         }
     }
-    train::start_with_data(experiment, &folder, args.data.as_deref(), &args.run)
+    train::start(experiment, &folder, Data { given: args.data.as_deref(), fetch: true }, &args.run)
 }
 
 /// The preset of consistency distillation as the paper has it (they are named `…-cd`) that fits a teacher.
@@ -42,6 +49,7 @@ fn preset_for(teacher: &Path, kind: Option<&str>) -> Result<String> {
             fitting.push((*name, experiment.train.recipe().method()));
         }
     }
+    fitting.retain(|(_, method)| *method != Method::Denoising);
     let distils =
         |(name, method): &&(&str, Method)| matches!(method, Method::Distillation(_)) && name.ends_with("-cd");
     let choices: Vec<&str> = fitting.iter().filter(distils).map(|(name, _)| *name).collect();

@@ -51,6 +51,9 @@ fn method<'a>(args: &SampleArgs, model: &'a Model, spec: &ModelSpec) -> Result<M
     if sampler == SamplerKind::Onestep && args.steps.is_some() {
         bail!("--steps {}: one step is one step", args.steps.unwrap_or(1));
     }
+    if let (SamplerKind::Multistep, Some(steps), None) = (sampler, args.steps, &args.ts) {
+        bail!("--steps {steps}: with multistep it counts the points of the grid of --ts, which is not here");
+    }
     let grid = spec.precond.grid()?;
     let levels = || grid.with_zero(args.steps.unwrap_or(HEUN_LEVELS));
     Ok(match sampler {

@@ -87,9 +87,13 @@ impl Run<'_> {
             *weights = None;
         }
         let portable = portable.to_toml()?;
-        let steps = |step| self.experiment.student_steps(step);
-        let metadata =
-            |weights: Weights<'_>, step: u64| describe(&spec, &portable, weights, step, steps(step));
+        let metadata = |weights: Weights<'_>, step: u64| {
+            let steps = match weights {
+                Weights::Target => self.experiment.teacher_steps(step),
+                _ => self.experiment.student_steps(step),
+            };
+            describe(&spec, &portable, weights, step, steps)
+        };
         let session =
             Session { folder: self.folder, spec: &self.experiment.run, stop: self.stop, metadata: &metadata };
         let ending = cm_train::run(trainer, &mut source, &session, view);

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use cm_data::SourceKind;
-use cm_train::{Checkpoints, Ending};
+use cm_train::{Checkpoints, Ending, Method};
 use tch::Device;
 
 use super::session::{self, Run, View};
@@ -19,47 +19,48 @@ use crate::sources::{ModelSource, Start};
 
 /// Runs `cm train`.
 pub fn train(args: &TrainArgs) -> Outcome {
-    let (mut experiment, folder) = read(args.config.as_deref(), &args.run).or_usage()?;
-    if let Some(path) = &args.data {
-        experiment.set_data(path);
-    }
-    start(&experiment, &folder, &args.run)
+    let (experiment, folder) = read(args.config.as_deref(), &args.run).or_usage()?;
+    start(experiment, &folder, Data { given: args.data.as_deref(), fetch: false }, &args.run)
 }
 
 /// Runs `cm train-cifar10`: as `cm train`, with the data fetched where it is not there.
 pub fn train_cifar10(args: &CifarArgs) -> Outcome {
     let (experiment, folder) = read(Some(&args.config), &args.run).or_usage()?;
-    start_with_data(experiment, &folder, args.data.as_deref(), &args.run)
+    start(experiment, &folder, Data { given: args.data.as_deref(), fetch: true }, &args.run)
 }
 
 /// Runs `cm train-teacher`: as `cm train-cifar10`, with another experiment unless one is named.
 pub fn train_teacher(args: &TeacherArgs) -> Outcome {
     let (experiment, folder) = read(Some(&args.config), &args.run).or_usage()?;
-    if !experiment.train.recipe().method().trains_denoiser() {
+    if experiment.train.recipe().method() != Method::Denoising {
         return Err(Failure::Usage(anyhow::anyhow!(
-            "--config {}: it trains a consistency model; a teacher is a denoiser, as in --config cifar10-edm",
+            "--config {}: it does not train a diffusion model, and a teacher is one, as in --config cifar10-edm",
             args.config
         )));
     }
-    start_with_data(experiment, &folder, args.data.as_deref(), &args.run)
+    start(experiment, &folder, Data { given: args.data.as_deref(), fetch: true }, &args.run)
 }
 
-/// Starts a training whose data, if it is CIFAR-10, is fetched where it is not there.
-pub fn start_with_data(
-    mut experiment: Experiment,
-    folder: &Path,
-    data: Option<&Path>,
-    args: &RunArgs,
-) -> Outcome {
-    if experiment.data.kind == SourceKind::Cifar10 && !args.dry_run {
-        // A run that was resumed knows where its data lies.
-        let given = data.or(experiment.data.path.as_deref()).map(Path::to_owned);
-        let place = data::place_of_cifar10(given.as_deref(), metric_error(&experiment)).or_usage()?;
-        experiment.set_data(&place);
-    } else if let Some(path) = data {
-        experiment.set_data(path);
+/// Where the images of a training come from.
+pub struct Data<'a> {
+    /// What the command line says.
+    pub given: Option<&'a Path>,
+    /// Whether CIFAR-10 is fetched where it is not there.
+    pub fetch: bool,
+}
+
+impl Data<'_> {
+    fn put_into(&self, experiment: &mut Experiment) -> Result<()> {
+        if self.fetch && experiment.data.kind == SourceKind::Cifar10 {
+            // A run that was resumed knows where its data lies.
+            let given = self.given.or(experiment.data.path.as_deref()).map(Path::to_owned);
+            let place = data::place_of_cifar10(given.as_deref(), metric_error(experiment))?;
+            experiment.set_data(&place);
+        } else if let Some(path) = self.given {
+            experiment.set_data(path);
+        }
+        Ok(())
     }
-    start(&experiment, folder, args)
 }
 
 /// The experiment and the folder of its run. A run that is resumed keeps its own config.
@@ -68,19 +69,21 @@ pub fn read(config: Option<&str>, args: &RunArgs) -> Result<(Experiment, PathBuf
     let folder = match (&args.out, &named) {
         (Some(out), _) => out.clone(),
         (None, Some(experiment)) => Path::new("out/runs").join(&experiment.name),
-        (None, None) => bail!("--config is missing: a TOML file or a preset, such as --config digits-ct"),
+        (None, None) => bail!("{CONFIG_IS_MISSING}"),
     };
     let own = folder.join(CONFIG_FILE);
     let (mut experiment, folder) = match named {
         _ if args.resume && own.is_file() => {
             eprintln!("config: {} (a resumed run keeps its own; --set changes it)", own.display());
-            (Experiment::read(&Source::file(own)?, &args.sets)?, folder)
+            let experiment = Experiment::read(&Source::file(own.clone())?, &args.sets)?;
+            announce_changes(&Experiment::read(&Source::file(own)?, &[])?, &experiment)?;
+            (experiment, folder)
         }
         Some(experiment) => (experiment, folder),
         None if args.resume => {
             bail!("{}: no {CONFIG_FILE} in this folder; is it a run? --config starts one", folder.display())
         }
-        None => bail!("--config is missing: a TOML file or a preset, such as --config digits-ct"),
+        None => bail!("{CONFIG_IS_MISSING}"),
     };
     if let Some(path) = &args.init_from {
         experiment.init = Some(ModelSource::at(path, args.kind.as_deref())?);
@@ -88,29 +91,55 @@ pub fn read(config: Option<&str>, args: &RunArgs) -> Result<(Experiment, PathBuf
     Ok((experiment, folder))
 }
 
+const CONFIG_IS_MISSING: &str = "--config is missing: a TOML file or a preset, such as --config digits-ct, or \
+                                 --config digits-cd to distil";
+
+/// Says what `--set` changes in a run that goes on, but for the section `[train]`, which the checkpoint knows too.
+fn announce_changes(old: &Experiment, new: &Experiment) -> Result<()> {
+    let (old, new) = (toml::Table::try_from(old)?, toml::Table::try_from(new)?);
+    let sections = old.keys().chain(new.keys()).filter(|section| *section != "train");
+    for section in sections.collect::<std::collections::BTreeSet<_>>() {
+        let (old, new) = (old.get(section), new.get(section));
+        if old != new {
+            let text = |value: Option<&toml::Value>| value.map_or("none".to_owned(), ToString::to_string);
+            eprintln!("WARNING: changed since the run began: {section}: {} → {}", text(old), text(new));
+        }
+    }
+    Ok(())
+}
+
 /// Why the experiment's metric cannot be used, if it cannot.
 fn metric_error(experiment: &Experiment) -> Option<cm_train::Error> {
     lpips::missing_weights(&experiment.train.metric)
 }
 
-fn start(experiment: &Experiment, folder: &Path, args: &RunArgs) -> Outcome {
+/// Starts a training, or a dry run of it.
+pub fn start(mut experiment: Experiment, folder: &Path, data: Data<'_>, args: &RunArgs) -> Outcome {
     let device = session::device(&args.device).or_usage()?;
+    if args.kind.is_some() && experiment.teacher.is_none() && experiment.init.is_none() {
+        return Err(Failure::Usage(anyhow::anyhow!(
+            "--as belongs to --teacher or --init-from, and neither is here"
+        )));
+    }
     if args.dry_run {
         if experiment.teacher.is_some() || experiment.init.is_some() {
-            Start::read(experiment).or_usage()?;
+            Start::read(&experiment, false).or_usage()?;
+            println!("# the named model fits the experiment");
         }
-        return dry_run::dry_run(experiment, device);
+        return dry_run::dry_run(&experiment, device);
     }
     // Whatever the user has to mend is found before a network is built, and models before any data.
-    let models = Start::read(experiment).or_usage()?;
+    let goes_on = args.resume && !Checkpoints::of_run(folder).steps()?.is_empty();
+    let models = Start::read(&experiment, goes_on).or_usage()?;
+    data.put_into(&mut experiment).or_usage()?;
     let opened = experiment.data.open().or_usage()?;
     experiment.check_data(&*opened).or_usage()?;
-    if let Some(error) = metric_error(experiment) {
+    if let Some(error) = metric_error(&experiment) {
         return Err(Failure::Usage(error.into()));
     }
     check_folder(folder, args.resume).or_usage()?;
     experiment.compute(device).or_usage()?;
-    run(experiment, &models, opened, folder, device, args.resume)
+    run(&experiment, models, opened, folder, device, args.resume)
 }
 
 /// A new run needs a folder without checkpoints.
@@ -127,7 +156,7 @@ fn check_folder(folder: &Path, resume: bool) -> Result<()> {
 
 fn run(
     experiment: &Experiment,
-    models: &Start,
+    models: Start,
     data: std::sync::Arc<dyn cm_data::Dataset>,
     folder: &Path,
     device: Device,
@@ -135,7 +164,8 @@ fn run(
 ) -> Outcome {
     let stop = session::stop_on_signal()?;
     eprintln!("data: {} ({} images of {})", data.source(), data.len(), data.shape());
-    let mut trainer = session::build_trainer(experiment, models, device).or_usage()?;
+    let mut trainer = session::build_trainer(experiment, &models, device).or_usage()?;
+    drop(models);
     if resume {
         announce(&cm_train::resume(&mut trainer, folder).or_usage()?);
     }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use tch::Tensor;
 
 use super::measure::Sets;
@@ -53,10 +53,11 @@ pub fn all(args: &DemoArgs) -> Outcome {
     for (name, summary) in &summaries {
         println!("{name:<6} {}", summary.line());
     }
-    if args.publish {
-        publish_all(&plans, &args.out)?;
+    judge(args, &summaries)?;
+    match args.publish {
+        true => Ok(publish_all(&plans, &args.out)?),
+        false => Ok(()),
     }
-    judge(args, &summaries)
 }
 
 /// Held-out images, to look at beside the samples.
@@ -83,9 +84,7 @@ fn publish_all(plans: &[(DemoRecipe, Plan)], out: &Path) -> Result<()> {
     for (recipe, plan) in plans {
         let folder = out.join(recipe.name());
         let summary = Summary::read(&folder.join(SUMMARY_FILE))?;
-        if summary.preset != plan.preset {
-            bail!("{}: it is of {}, expected {}", folder.display(), summary.preset, plan.preset);
-        }
+        summary.is_of(plan.preset, &folder)?;
         publish::publish(&summary, &folder)?;
         let cells: Vec<String> = summary.line().split_whitespace().map(str::to_owned).collect();
         rows += &format!("| {} | {} |\n", recipe.name().to_uppercase(), cells.join(" | "));

@@ -38,6 +38,16 @@ const SNAPSHOTS: u64 = 8;
 const RESERVE: f64 = 0.08;
 /// Marks a run folder that the demo made and may replace.
 const MARK: &str = ".made-by-cm-demo";
+/// What the demo leaves in its folder beside the run.
+const OWN_FILES: [&str; 7] = [
+    "one-step.png",
+    "two-step.png",
+    "training.png",
+    "loss.png",
+    "real.png",
+    "model.safetensors",
+    SUMMARY_FILE,
+];
 /// Measured and drawn images start from these seeds, apart from those of a run's grids.
 const FIRST_SEED: u64 = 10_000;
 
@@ -58,17 +68,18 @@ pub fn demo(args: &DemoArgs) -> Outcome {
     }
     if args.publish_only {
         let summary = Summary::read(&args.out.join(SUMMARY_FILE)).or_usage()?;
+        summary.is_of(plan.preset, &args.out).or_usage()?;
         return publish::publish(&summary, &args.out).or_run();
     }
     let stop = session::stop_on_signal()?;
     let (summary, _) = one(args, &plan, &args.out, &stop)?;
     summary.print(&args.out);
-    if args.publish {
-        publish::publish(&summary, &args.out)?;
+    if let Some(bar) = args.check {
+        summary.check(bar).or_run()?;
     }
-    match args.check {
-        Some(bar) => summary.check(bar).or_run(),
-        None => Ok(()),
+    match args.publish {
+        true => publish::publish(&summary, &args.out).or_run(),
+        false => Ok(()),
     }
 }
 
@@ -89,7 +100,7 @@ fn one(args: &DemoArgs, plan: &Plan, out: &Path, stop: &AtomicBool) -> Outcome<(
 
     let started = Instant::now();
     experiment.teacher = taught.as_ref().map(|teacher| teacher.model.clone());
-    let models = Start::read(&experiment)?;
+    let models = Start::read(&experiment, false)?;
     let left = seconds * (1.0 - RESERVE) - before;
     fit_to_time(&mut experiment, &models, device, left, args.seconds.is_some())?;
     let (trainer, snapshots) = train(&experiment, &models, device, &run_folder, stop)?;
@@ -149,6 +160,10 @@ fn clear(run_folder: &Path) -> Result<()> {
             bail!("{}: it is there and was not made by a demo; choose another --out", run_folder.display());
         }
         std::fs::remove_dir_all(run_folder).with_context(|| format!("removing {}", run_folder.display()))?;
+        // What else an earlier demo left would pass for this one's.
+        if let Some(out) = run_folder.parent() {
+            OWN_FILES.iter().for_each(|name| drop(std::fs::remove_file(out.join(name))));
+        }
     }
     std::fs::create_dir_all(run_folder).with_context(|| format!("creating {}", run_folder.display()))?;
     Ok(std::fs::write(run_folder.join(MARK), "This folder is replaced by the next demo.\n")?)

@@ -82,6 +82,14 @@ impl Summary {
         serde_json::from_slice(&text).with_context(|| path.display().to_string())
     }
 
+    /// Checks that it is of this preset.
+    pub fn is_of(&self, preset: &str, folder: &Path) -> Result<()> {
+        match self.preset == preset {
+            true => Ok(()),
+            false => bail!("{}: it is of {}, expected {preset}", folder.display(), self.preset),
+        }
+    }
+
     /// The figures with their names: samples first, then what they are compared with.
     pub fn rows(&self) -> Vec<(String, &Figures)> {
         let figures = &self.figures;

@@ -1,10 +1,16 @@
 //! What can be typed.
 
+mod demo;
+mod model;
+
 use std::path::PathBuf;
 
 use clap::builder::{OsStringValueParser, RangedU64ValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use cm_torch::device::DeviceSpec;
+
+pub use demo::{Bar, DEMO_EXAMPLES, DemoArgs, DemoData, DemoRecipe};
+pub use model::{ExportForm, LPIPS_KINDS, ModelCommand};
 
 /// Consistency models: train them, sample them in one step, look inside.
 #[derive(Debug, Parser)]
@@ -95,14 +101,6 @@ const FETCH_LPIPS_EXAMPLES: &str = "\
 Examples:
   cm fetch lpips
   cm fetch lpips --net all";
-
-const DEMO_EXAMPLES: &str = "\
-Examples:
-  cm demo
-  cm demo --seconds 60 --out out/quick
-  cm demo --recipe cd
-  cm demo --recipe all --out out/recipes
-  cm demo --data emoji";
 
 /// Options of `cm train`.
 #[derive(Debug, Args)]
@@ -263,89 +261,6 @@ pub enum SamplerKind {
     Progdist,
 }
 
-/// Data sets of the demo.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum DemoData {
-    /// 1,797 hand-written digits, 8×8.
-    Digits,
-    /// 1,906 colour emoji, 32×32.
-    Emoji,
-}
-
-/// Recipes of the demo.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum DemoRecipe {
-    /// Consistency training with easy consistency tuning's noise levels (Geng et al. 2024).
-    Ect,
-    /// Improved consistency training (Song and Dhariwal 2023).
-    Ict,
-    /// Consistency training (Song et al. 2023, Algorithm 3).
-    Ct,
-    /// Consistency distillation (Song et al. 2023, Algorithm 2) of a small diffusion model that is trained first.
-    Cd,
-    /// Progressive distillation (Salimans and Ho 2022) of a small diffusion model that is trained first.
-    Pd,
-    /// All of these, one after the other, and their samples side by side.
-    All,
-}
-
-impl DemoRecipe {
-    /// Its name on the command line.
-    pub fn name(self) -> &'static str {
-        match self {
-            DemoRecipe::Ect => "ect",
-            DemoRecipe::Ict => "ict",
-            DemoRecipe::Ct => "ct",
-            DemoRecipe::Cd => "cd",
-            DemoRecipe::Pd => "pd",
-            DemoRecipe::All => "all",
-        }
-    }
-}
-
-/// Options of `cm demo`.
-#[derive(Debug, Args)]
-pub struct DemoArgs {
-    /// The bundled data set.
-    #[arg(long, value_enum, default_value_t = DemoData::Digits)]
-    pub data: DemoData,
-    /// How the model is trained.
-    #[arg(long, value_enum, default_value_t = DemoRecipe::Ect)]
-    pub recipe: DemoRecipe,
-    /// Folder for pictures, checkpoint and summary.
-    #[arg(long, value_name = "DIR", default_value = "out/demo")]
-    pub out: PathBuf,
-    /// Time for the whole demo in seconds, without its teacher; the training schedule is fitted to it [default: 220
-    /// for digits, 1500 for emoji]. A teacher gets as much again.
-    #[arg(long)]
-    pub seconds: Option<f64>,
-    /// Seed of the run.
-    #[arg(long, default_value_t = 0)]
-    pub seed: u64,
-    /// Fail unless the samples reach a bar.
-    #[arg(long, value_enum)]
-    pub check: Option<Bar>,
-    /// Put figures and pictures into docs/ of the checkout that this is called in: the marked block of this data
-    /// set in docs/results.md, and docs/pictures/. Nothing else ever writes there.
-    #[arg(long)]
-    pub publish: bool,
-    /// Publish what a finished demo left in --out, without another demo.
-    #[arg(long, conflicts_with_all = ["publish", "seconds", "check"])]
-    pub publish_only: bool,
-    /// Where to compute: auto, cpu, cuda or cuda:N.
-    #[arg(long, default_value = "auto")]
-    pub device: DeviceSpec,
-}
-
-/// Bars that the demo on digits can be held to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Bar {
-    /// Both shares ≥ 0.60, class entropy ≥ 2.1, no image nearer than 0.3 to a training image.
-    Full,
-    /// Both shares 0.1 above those of a Gaussian fit.
-    Ci,
-}
-
 /// `cm data …`.
 #[derive(Debug, Subcommand)]
 pub enum DataCommand {
@@ -394,79 +309,6 @@ pub enum LpipsChoice {
     /// All three.
     All,
 }
-
-/// `cm model …`.
-#[derive(Debug, Subcommand)]
-pub enum ModelCommand {
-    /// Say what a file of weights holds: a model file, a checkpoint or run folder, or a published form.
-    Info {
-        /// A model file, a checkpoint folder or a run folder; or a `.pt` of OpenAI, safetensors in EDM's names, or a
-        /// folder of diffusers.
-        file: PathBuf,
-    },
-    /// Make a model file of published weights.
-    #[command(after_help = IMPORT_EXAMPLES)]
-    Import {
-        /// OpenAI's `.pt`, safetensors (or `.pt`) in EDM's or OpenAI's names, or a folder of diffusers. EDM's and
-        /// ECT's `.pkl` go through scripts/convert_edm.py first. No pickle is executed.
-        file: PathBuf,
-        /// What the weights do not say of themselves; see below. Without it the kinds that fit are listed.
-        #[arg(long = "as", value_name = "KIND", long_help = kinds())]
-        kind: Option<String>,
-        /// The model file to write.
-        #[arg(short, long, value_name = "FILE")]
-        out: PathBuf,
-    },
-    /// Write a model in the form that another program reads.
-    #[command(after_help = EXPORT_EXAMPLES)]
-    Export {
-        /// A model file, a checkpoint folder or a run folder, with a network of OpenAI's form.
-        file: PathBuf,
-        /// Whose names the weights get. `openai`: a `.pt` that OpenAI's code loads, or `.safetensors`. `diffusers`: a
-        /// folder with a UNet2DModel and, for a consistency model, its pipeline.
-        #[arg(long, value_enum)]
-        to: ExportForm,
-        /// The file or, for diffusers, the new folder to write.
-        #[arg(short, long, value_name = "PATH")]
-        out: PathBuf,
-    },
-}
-
-/// Forms of `cm model export`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum ExportForm {
-    /// OpenAI's names, as `.pt` or `.safetensors`.
-    Openai,
-    /// A folder of diffusers.
-    Diffusers,
-}
-
-/// Kinds of weights that are no model: what a metric measures with.
-pub const LPIPS_KINDS: &str = "lpips-vgg16, lpips-alex, lpips-squeeze";
-
-/// The help of `--as`.
-fn kinds() -> String {
-    format!(
-        "What the weights do not say of themselves: whether the model is a denoiser or a consistency function and, \
-         for OpenAI's network, the size of images and attention heads. One of {}; or, for a network of your own, \
-         {}; or, for torchvision's weights of the networks of LPIPS, {}. Without it the kinds that fit are listed.",
-        cm_net::import::Kind::names(),
-        cm_net::import::OWN_KINDS,
-        LPIPS_KINDS
-    )
-}
-
-const IMPORT_EXAMPLES: &str = "\
-Examples:
-  cm model import cd_imagenet64_l2.pt --as openai-imagenet64-cd -o cd.safetensors
-  cm model import diffusers-ct_bedroom256 -o ct.safetensors
-  cm model import vgg16-397923af.pth --as lpips-vgg16 -o data/lpips/lpips-vgg16.safetensors
-  cm model import own.pt --as openai:image_size=32,head_channels=64,role=denoiser -o own.safetensors";
-
-const EXPORT_EXAMPLES: &str = "\
-Examples:
-  cm model export runs/i64 --to openai -o model.pt
-  cm model export cd.safetensors --to diffusers -o out/cd-diffusers";
 
 /// `cm preset …`.
 #[derive(Debug, Subcommand)]
