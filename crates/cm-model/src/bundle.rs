@@ -5,6 +5,7 @@ use std::path::Path;
 use safetensors::{Dtype, SafeTensors, View, serialize_to_file};
 use tch::{Device, Kind, Tensor};
 
+use crate::text::short;
 use crate::{Error, Result, TensorMap, files};
 
 /// Name, shape and dtype (as safetensors writes it: `F32`, `BF16` …) of a tensor in a file.
@@ -47,12 +48,16 @@ impl Bundle {
         for (name, view) in views.iter() {
             let kind = kind_of(view.dtype()).ok_or_else(|| Error::File {
                 path: path.into(),
-                problem: format!("tensor '{name}' has dtype {:?}, which is not supported", view.dtype()),
+                problem: format!(
+                    "tensor '{}' has dtype {:?}, which is not supported",
+                    short(&name),
+                    view.dtype()
+                ),
             })?;
             let size: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
             let tensor = tensor_from_bytes(view.data(), &size, kind).map_err(|e| Error::File {
                 path: path.into(),
-                problem: format!("tensor '{name}' of shape {size:?} cannot be made: {e}"),
+                problem: format!("tensor '{}' of shape {size:?} cannot be made: {e}", short(&name)),
             })?;
             tensors.insert(name.to_owned(), tensor);
         }
