@@ -5,7 +5,7 @@ use std::path::Path;
 use safetensors::{Dtype, SafeTensors, View, serialize_to_file};
 use tch::{Device, Kind, Tensor};
 
-use crate::text::short;
+use crate::text::{short, short_to};
 use crate::{Error, Result, TensorMap, files};
 
 /// Name, shape and dtype (as safetensors writes it: `F32`, `BF16` …) of a tensor in a file.
@@ -37,7 +37,8 @@ impl Bundle {
         let broken = |e: safetensors::SafeTensorError| Error::File {
             path: path.into(),
             problem: format!(
-                "not a whole safetensors file ({e}; {} bytes); if it was copied or downloaded, do so again",
+                "not a whole safetensors file ({}; {} bytes); if it was copied or downloaded, do so again",
+                short_to(&e.to_string(), 200),
                 bytes.len()
             ),
         };
@@ -50,14 +51,14 @@ impl Bundle {
                 path: path.into(),
                 problem: format!(
                     "tensor '{}' has dtype {:?}, which is not supported",
-                    short(&name),
+                    short(name),
                     view.dtype()
                 ),
             })?;
             let size: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
             let tensor = tensor_from_bytes(view.data(), &size, kind).map_err(|e| Error::File {
                 path: path.into(),
-                problem: format!("tensor '{}' of shape {size:?} cannot be made: {e}", short(&name)),
+                problem: format!("tensor '{}' of shape {size:?} cannot be made: {e}", short(name)),
             })?;
             tensors.insert(name.to_owned(), tensor);
         }
@@ -84,8 +85,10 @@ impl Bundle {
         }
         let mut head = vec![0u8; length as usize];
         file.read_exact(&mut head).map_err(|e| Error::io(path, "reading", e))?;
-        let header: safetensors::tensor::Metadata =
-            serde_json::from_slice(&head).map_err(|e| problem(format!("not a safetensors file ({e})")))?;
+        let header: safetensors::tensor::Metadata = serde_json::from_slice(&head).map_err(|e| {
+            let e = short_to(&e.to_string(), 200);
+            problem(format!("not a safetensors file ({e})"))
+        })?;
         let end = header.tensors().values().map(|t| t.data_offsets.1).max().unwrap_or(0) as u64;
         if total != 8 + length + end {
             return Err(problem(format!("truncated: {total} bytes, its header says {}", 8 + length + end)));

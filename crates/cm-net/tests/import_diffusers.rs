@@ -93,6 +93,10 @@ fn contradictions_in_a_folder_of_diffusers_are_errors() {
     assert!(line.contains("dropout = \"0.1\", expected a number"), "{line}");
     fs::write(&config, &original).unwrap();
 
+    for error in [describe(&config).unwrap_err(), load_any(&config, None).unwrap_err()] {
+        let line = error.to_string();
+        assert!(line.contains("config.json: a description, not weights; give the folder"), "{line}");
+    }
     let scheduler = path.join("scheduler/scheduler_config.json");
     let text = fs::read_to_string(&scheduler).unwrap();
     let denoiser = kind("openai:image_size=8,head_channels=32,role=denoiser");

@@ -145,6 +145,11 @@ fn what_is_cut_off_damaged_or_boastful_is_one_line() {
     fs::write(&path, [&(head.len() as u64).to_le_bytes(), head.as_bytes()].concat()).unwrap();
     let line = load_any(&path, None).unwrap_err().to_string();
     assert!(line.contains("nothing.safetensors: "), "{line}");
+    let head = r#"{"a\u001b[2J":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}"#;
+    fs::write(&path, [&(head.len() as u64).to_le_bytes(), head.as_bytes(), &[0; 4]].concat()).unwrap();
+    for error in [load_any(&path, None).unwrap_err(), describe(&path).unwrap_err()] {
+        assert!(!error.to_string().contains('\x1b'), "{error}");
+    }
     for (name, content) in
         [("empty.pt", &b""[..]), ("text.pt", b"hello"), ("half.pt", b"PK\x03\x04"), ("p.pt", b"\x80\x02")]
     {

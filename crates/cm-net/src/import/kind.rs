@@ -151,16 +151,24 @@ impl Kind {
                     found.push(format!("heads {:?}, expected {heads:?}", net.attn_heads));
                 }
             }
-            (
-                NetSpec::SongUnet(SongUnetSpec { embedding: NoiseEmbedding::Fourier { scale }, .. }),
-                Unknowns::Edm { fourier_scale },
-            ) if self.net.is_none() => {
-                if *scale != fourier_scale {
-                    found.push(format!("fourier_scale {scale}, expected {fourier_scale}"));
+            (NetSpec::SongUnet(_) | NetSpec::DhariwalUnet(_), Unknowns::Edm { fourier_scale })
+                if self.net.is_none() =>
+            {
+                let drawn = match net {
+                    NetSpec::SongUnet(SongUnetSpec {
+                        embedding: NoiseEmbedding::Fourier { scale }, ..
+                    }) => Some(*scale),
+                    _ => None,
+                };
+                match drawn {
+                    Some(scale) if scale != fourier_scale => {
+                        found.push(format!("fourier_scale {scale}, expected {fourier_scale}"));
+                    }
+                    None if self.scale_given => {
+                        found.push("no random frequencies, expected some of a fourier_scale".to_owned());
+                    }
+                    _ => {}
                 }
-            }
-            (NetSpec::SongUnet(_) | NetSpec::DhariwalUnet(_), Unknowns::Edm { .. }) if self.scale_given => {
-                found.push("no random frequencies, expected some of a fourier_scale".to_owned());
             }
             (NetSpec::OpenaiUnet(_), Unknowns::Edm { .. }) if self.net.is_none() => {
                 found.push("OpenAI's U-Net, expected EDM's network".to_owned());

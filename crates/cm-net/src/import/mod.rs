@@ -47,7 +47,8 @@ pub const NUM_SCALES: &str = "num_scales";
 ///
 /// # Errors
 /// [`Error::Import`] for a file that cannot be read, whose network is not known here, that needs a kind, or that
-/// contradicts the kind given; [`Error::Weights`] with every difference between the weights and the network that
+/// contradicts itself or the kind given; [`Error::NotAModel`] for a description that is not one of this version;
+/// [`Error::Weights`] with every difference between the weights and the network that
 /// they are to be.
 pub fn load_any(path: &Path, kind: Option<Kind>) -> Result<ModelFile> {
     load_any_watched(path, kind, &mut |_, _| {})
@@ -237,7 +238,14 @@ fn form_of(path: &Path) -> Result<Form> {
     if diffusers::is_weights(path) {
         return Ok(Form::Diffusers(path.parent().unwrap_or(Path::new("")).to_owned()));
     }
-    Ok(if is_torch(path)? { Form::Torch } else { Form::Safetensors })
+    if is_torch(path)? {
+        return Ok(Form::Torch);
+    }
+    if path.extension().is_some_and(|extension| extension == "json") {
+        let text = "a description, not weights; give the folder of diffusers that holds both, or the file of weights";
+        return Err(problem(path, text.to_owned()));
+    }
+    Ok(Form::Safetensors)
 }
 
 /// Whether a file begins as `torch.save`'s do: a zip, or a pickle (and not the length of a safetensors file's head,
