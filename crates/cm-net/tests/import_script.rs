@@ -48,6 +48,7 @@ fn converted_pickles_are_model_files() {
 }
 
 /// Whether the script can be run; where everything must be tested, it must.
+#[allow(clippy::print_stdout)] // why a test was skipped
 fn python_is_here() -> bool {
     let here = Command::new("python3").arg("--version").output().is_ok();
     assert!(here || std::env::var_os("CI").is_none(), "python3 is needed to test scripts/convert_edm.py");
