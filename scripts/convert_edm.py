@@ -37,13 +37,53 @@ STORAGES = {
     "ByteStorage": ("U8", 1),
     "BoolStorage": ("BOOL", 1),
 }
+# How many times the size of the file the tensors may have, for those that share their numbers.
+MOST_SHARED = 2
 
 
 class Refused(Exception):
     """Why the file is not converted, in one line."""
 
 
-class Module:
+def short(text):
+    """A text out of a file as it may stand in a message of one line."""
+    shown = str(text).encode("unicode_escape").decode()
+    return shown if len(shown) <= 80 else shown[:80] + "…"
+
+
+class Frozen(type):
+    """Makes classes that no pickle can change."""
+
+    def __setattr__(cls, name, value):
+        raise Refused(f"its pickle changes the class {cls.__name__}: refused, and nothing of it was run")
+
+
+class Function:
+    """A function that a pickle may call and cannot change."""
+
+    __slots__ = ("call",)
+
+    def __init__(self, call):
+        object.__setattr__(self, "call", call)
+
+    def __call__(self, *arguments):
+        return self.call(*arguments)
+
+    def __setattr__(self, name, value):
+        raise Refused("its pickle changes a function: refused, and nothing of it was run")
+
+    def __setstate__(self, state):
+        raise Refused("its pickle changes a function: refused, and nothing of it was run")
+
+
+class Checked(metaclass=Frozen):
+    """What has been checked when it was made, and does not change behind that."""
+
+    def __setstate__(self, state):
+        raise Refused(f"its pickle changes a {type(self).__name__} that was made: refused")
+
+
+class Module(metaclass=Frozen):
     """The state of a torch.nn.Module, without its code."""
 
     def __init__(self, class_name="a container", state=None):
@@ -58,11 +98,11 @@ class Module:
         return self.state.get(name) or {}
 
 
-class EasyDict(dict):
+class EasyDict(dict, metaclass=Frozen):
     """A dict whose keys are attributes too, over there."""
 
 
-class NumpyType:
+class NumpyType(metaclass=Frozen):
     """numpy.dtype of a scalar."""
 
     def __init__(self, name, *_):
@@ -72,7 +112,7 @@ class NumpyType:
         self.little = state[1] in ("<", "|", "=")
 
 
-class Storage:
+class Storage(Checked):
     """Numbers of one dtype."""
 
     def __init__(self, dtype, size, numel):
@@ -80,7 +120,7 @@ class Storage:
         self.data = b""
 
 
-class Tensor:
+class Tensor(Checked):
     """A view of a storage."""
 
     def __init__(self, storage, offset, shape, stride, *_):
@@ -155,7 +195,8 @@ class StorageUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if module == "torch" and name in STORAGES:
             return storage_type(name)
-        raise Refused(f"its pickle names '{module}.{name}' inside a storage: refused, and nothing of it was run")
+        text = f"its pickle names '{short(module)}.{short(name)}' inside a storage: refused, and nothing of it was run"
+        raise Refused(text)
 
     def persistent_load(self, pid):
         if not (isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage" and not any(pid[5:])):
@@ -181,23 +222,23 @@ def load_storage(data):
 
 
 KNOWN = {
-    ("torch_utils.persistence", "_reconstruct_persistent_obj"): reconstruct,
-    ("torch.storage", "_load_from_bytes"): load_storage,
-    ("torch._utils", "_rebuild_tensor"): Tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): Tensor,
-    ("torch._utils", "_rebuild_parameter"): parameter,
-    ("torch", "Size"): size,
+    ("torch_utils.persistence", "_reconstruct_persistent_obj"): Function(reconstruct),
+    ("torch.storage", "_load_from_bytes"): Function(load_storage),
+    ("torch._utils", "_rebuild_tensor"): Function(Tensor),
+    ("torch._utils", "_rebuild_tensor_v2"): Function(Tensor),
+    ("torch._utils", "_rebuild_parameter"): Function(parameter),
+    ("torch", "Size"): Function(size),
     ("torch.nn.modules.container", "ModuleDict"): Module,
     ("torch.nn.modules.container", "ModuleList"): Module,
     ("torch.nn.modules.container", "Sequential"): Module,
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("dnnlib.util", "EasyDict"): EasyDict,
     ("numpy", "dtype"): NumpyType,
-    ("numpy.core.multiarray", "scalar"): scalar,
-    ("numpy._core.multiarray", "scalar"): scalar,
+    ("numpy.core.multiarray", "scalar"): Function(scalar),
+    ("numpy._core.multiarray", "scalar"): Function(scalar),
     ("builtins", "set"): set,
     ("__builtin__", "set"): set,
-    ("_codecs", "encode"): encode,
+    ("_codecs", "encode"): Function(encode),
 }
 
 
@@ -208,24 +249,28 @@ class InertUnpickler(pickle.Unpickler):
         try:
             return KNOWN[module, name]
         except KeyError:
-            text = f"its pickle names '{module}.{name}': refused, and nothing of it was run"
+            text = f"its pickle names '{short(module)}.{short(name)}': refused, and nothing of it was run"
             raise Refused(text) from None
 
 
-def collect(module, prefix=""):
+def collect(module, prefix="", seen=None):
     """Parameters and buffers by their full names."""
+    seen = set() if seen is None else seen
+    if id(module) in seen:
+        raise Refused(f"the module '{short(prefix[:-1])}' is in the network twice")
+    seen.add(id(module))
     transient = module.get("_non_persistent_buffers_set") or ()
     for group in ("_parameters", "_buffers"):
         for name, tensor in module.get(group).items():
             if isinstance(tensor, Tensor) and not (group == "_buffers" and name in transient):
                 yield prefix + name, tensor
             elif tensor is not None and not isinstance(tensor, Tensor):
-                raise Refused(f"'{prefix}{name}' is not a tensor")
+                raise Refused(f"'{short(prefix + str(name))}' is not a tensor")
     for name, child in module.get("_modules").items():
         if isinstance(child, Module):
-            yield from collect(child, f"{prefix}{name}.")
+            yield from collect(child, f"{prefix}{name}.", seen)
         elif child is not None:
-            raise Refused(f"'{prefix}{name}' is not a module")
+            raise Refused(f"'{short(prefix + str(name))}' is not a module")
 
 
 SONG = dict(
@@ -324,27 +369,37 @@ def write(path, tensors, metadata):
 
 
 def convert(source, target, key):
+    torch_save = f"a file of torch.save, not a .pkl of EDM or ECT; use cm model import {source} -o {target}"
     with open(source, "rb") as file:
+        if file.peek(4)[:4] == b"PK\x03\x04":
+            raise Refused(torch_save)
         content = InertUnpickler(file).load()
+    # The first of the pickles of torch.save's older form.
+    if content == MAGIC:
+        raise Refused(torch_save)
     model = content
     if isinstance(content, dict):
         if key not in content:
-            raise Refused(f"no '{key}' in it, but {', '.join(map(repr, content))}; choose with --key")
+            names = ", ".join(f"'{short(name)}'" for name in itertools.islice(content, 8))
+            raise Refused(f"no '{key}' in it, but {names}; choose with --key")
         model = content[key]
     if not isinstance(model, Module):
         raise Refused(f"'{key}' is not a network; choose with --key")
     if model.class_name not in ("EDMPrecond", "ECMPrecond"):
-        raise Refused(
-            f"its preconditioning is {model.class_name}; this project has EDM's (EDMPrecond) and ECT's (ECMPrecond)"
-        )
+        found = short(model.class_name)
+        raise Refused(f"its preconditioning is {found}; this project has EDM's (EDMPrecond) and ECT's (ECMPrecond)")
     tensors = dict(collect(model))
+    # Each tensor lies in the file; only what shares its numbers could make more of them.
+    total, present = sum(tensor.count() * tensor.storage.size for tensor in tensors.values()), os.path.getsize(source)
+    if total > MOST_SHARED * present:
+        raise Refused(f"its tensors have {total} bytes, and the file has {present}: no network of EDM or ECT does")
     about = {"source": os.path.basename(source), "weights": key}
     spec = describe(model, about)
     if spec is not None:
         # The network itself, without the preconditioning around it.
         outside = [name for name in tensors if not name.startswith("model.")]
         if outside:
-            raise Refused(f"'{outside[0]}' is not a part of its network")
+            raise Refused(f"'{short(outside[0])}' is not a part of its network")
         tensors = {name[len("model.") :]: tensor for name, tensor in tensors.items()}
     if not tensors:
         raise Refused("its network has no tensors")
@@ -374,7 +429,7 @@ def main():
         sys.exit(f"error: {why}")
     except (pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, LookupError, MemoryError,
             RecursionError, struct.error, TypeError, ValueError) as why:  # fmt: skip
-        sys.exit(f"error: {options.file}: not a whole .pkl of EDM ({type(why).__name__}: {why})")
+        sys.exit(f"error: {options.file}: not a whole .pkl of EDM ({type(why).__name__}: {short(why)})")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ use std::path::Path;
 use safetensors::{Dtype, SafeTensors, View, serialize_to_file};
 use tch::{Device, Kind, Tensor};
 
+use crate::text::{short, short_to};
 use crate::{Error, Result, TensorMap, files};
 
 /// Name, shape and dtype (as safetensors writes it: `F32`, `BF16` …) of a tensor in a file.
@@ -36,7 +37,8 @@ impl Bundle {
         let broken = |e: safetensors::SafeTensorError| Error::File {
             path: path.into(),
             problem: format!(
-                "not a whole safetensors file ({e}; {} bytes); if it was copied or downloaded, do so again",
+                "not a whole safetensors file ({}; {} bytes); if it was copied or downloaded, do so again",
+                short_to(&e.to_string(), 200),
                 bytes.len()
             ),
         };
@@ -47,12 +49,16 @@ impl Bundle {
         for (name, view) in views.iter() {
             let kind = kind_of(view.dtype()).ok_or_else(|| Error::File {
                 path: path.into(),
-                problem: format!("tensor '{name}' has dtype {:?}, which is not supported", view.dtype()),
+                problem: format!(
+                    "tensor '{}' has dtype {:?}, which is not supported",
+                    short(name),
+                    view.dtype()
+                ),
             })?;
             let size: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
             let tensor = tensor_from_bytes(view.data(), &size, kind).map_err(|e| Error::File {
                 path: path.into(),
-                problem: format!("tensor '{name}' of shape {size:?} cannot be made: {e}"),
+                problem: format!("tensor '{}' of shape {size:?} cannot be made: {e}", short(name)),
             })?;
             tensors.insert(name.to_owned(), tensor);
         }
@@ -79,8 +85,10 @@ impl Bundle {
         }
         let mut head = vec![0u8; length as usize];
         file.read_exact(&mut head).map_err(|e| Error::io(path, "reading", e))?;
-        let header: safetensors::tensor::Metadata =
-            serde_json::from_slice(&head).map_err(|e| problem(format!("not a safetensors file ({e})")))?;
+        let header: safetensors::tensor::Metadata = serde_json::from_slice(&head).map_err(|e| {
+            let e = short_to(&e.to_string(), 200);
+            problem(format!("not a safetensors file ({e})"))
+        })?;
         let end = header.tensors().values().map(|t| t.data_offsets.1).max().unwrap_or(0) as u64;
         if total != 8 + length + end {
             return Err(problem(format!("truncated: {total} bytes, its header says {}", 8 + length + end)));

@@ -20,6 +20,7 @@ mod params;
 mod perceptual;
 mod precond;
 mod shape;
+mod text;
 mod traits;
 
 pub use bundle::{Bundle, TensorInfo};
@@ -33,4 +34,5 @@ pub use params::{Cast, Init, ParamPath, Params, ParamsBuilder, TensorMap};
 pub use perceptual::{ImageDistance, LpipsNet, LpipsReading, LpipsSpec};
 pub use precond::{Compute, Preconditioned};
 pub use shape::ImageShape;
+pub use text::{short, short_to};
 pub use traits::{Backbone, ConsistencyFn, Denoiser};

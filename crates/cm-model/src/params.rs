@@ -7,6 +7,7 @@ use cm_torch::memory_format;
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
+use crate::text::short;
 use crate::{Error, Result, bundle};
 
 /// Tensors by name, sorted.
@@ -291,7 +292,7 @@ impl Params {
             }
         }
         let unknown = tensors.keys().filter(|name| !self.entries.contains_key(*name));
-        found.extend(unknown.map(|name| format!("'{name}' is not a part of the network")));
+        found.extend(unknown.map(|name| format!("'{}' is not a part of the network", short(name))));
         found
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use cm_model::schedule::{Boundary, Edm, KarrasGrid, NoiseCond, SigmaRange};
 use cm_model::{
     Backbone, Bundle, Cast, Compute, ConsistencyFn, Denoiser, Params, ParamsBuilder, Preconditioned,
-    TensorMap,
+    TensorMap, short, short_to,
 };
 use serde::{Deserialize, Serialize};
 use tch::Device;
@@ -70,6 +70,24 @@ impl PrecondSpec {
     /// As [`PrecondSpec::sigma_range`], and unless ρ is positive.
     pub fn grid(&self) -> Result<KarrasGrid> {
         Ok(KarrasGrid::new(self.sigma_range()?, self.rho)?)
+    }
+
+    /// The numbers that are not those of `wanted`.
+    pub(crate) fn differences(&self, wanted: &Self) -> Vec<String> {
+        let mut found: Vec<String> = [
+            ("sigma_data", self.sigma_data, wanted.sigma_data),
+            ("sigma_min", self.sigma_min, wanted.sigma_min),
+            ("sigma_max", self.sigma_max, wanted.sigma_max),
+            ("rho", self.rho, wanted.rho),
+        ]
+        .into_iter()
+        .filter(|(_, got, wanted)| got != wanted)
+        .map(|(key, got, wanted)| format!("{key} {got}, expected {wanted}"))
+        .collect();
+        if self.noise_cond != wanted.noise_cond {
+            found.push(format!("noise_cond {:?}, expected {:?}", self.noise_cond, wanted.noise_cond));
+        }
+        found
     }
 
     /// The scalings of a denoiser.
@@ -137,10 +155,12 @@ impl ModelSpec {
             format: u32,
             kind: Option<String>,
         }
-        let unreadable = |e: serde_json::Error| not_a_model(format!("its description cannot be read: {e}"));
+        let unreadable = |e: serde_json::Error| {
+            not_a_model(format!("its description cannot be read: {}", short_to(&e.to_string(), 300)))
+        };
         let Format { format, kind } = serde_json::from_str(json).map_err(unreadable)?;
         if let Some(kind) = kind {
-            return Err(not_a_model(format!("it holds weights of {kind}, which makes no images")));
+            return Err(not_a_model(format!("it holds weights of {}, which makes no images", short(&kind))));
         }
         match format {
             FORMAT => serde_json::from_str(json).map_err(unreadable),
@@ -205,9 +225,10 @@ impl ModelFile {
     /// Weights that are stored in half precision or bfloat16 become float32.
     ///
     /// # Errors
-    /// [`Error::Weights`] with every difference between the file and the network that it describes.
+    /// [`Error::NotAModel`] for a description of a network that cannot be; [`Error::Weights`] with every difference
+    /// between the file and the network that it describes.
     pub fn backbone(&self, device: Device) -> Result<Box<dyn Backbone>> {
-        let net = self.spec.net.build_with(ParamsBuilder::unset(device))?;
+        let net = built(&self.path, &self.spec.net, ParamsBuilder::unset(device))?;
         net.params().set_requires_grad(false);
         let load = net.params().load(&self.tensors, Cast::Floats);
         load.map_err(|source| Error::Weights { path: self.path.clone(), source })?;
@@ -324,6 +345,11 @@ pub fn load(path: &Path, device: Device) -> Result<Model> {
     ModelFile::read(path)?.model(device, Compute::default())
 }
 
+/// The network that a file describes; errors name the file.
+pub(crate) fn built(path: &Path, net: &NetSpec, builder: ParamsBuilder) -> Result<Box<dyn Backbone>> {
+    net.build_with(builder).map_err(|e| Error::NotAModel { path: path.into(), problem: e.to_string() })
+}
+
 fn not_of_torch(path: &Path) -> Result<()> {
     if import::is_torch(path)? {
         let problem = "a file of PyTorch, not a model file; `cm model import` makes one of it".to_owned();
@@ -354,14 +380,14 @@ pub fn inspect(path: &Path) -> Result<ModelInfo> {
     not_of_torch(path)?;
     let (metadata, tensors) = Bundle::read_header(path)?;
     let spec = ModelSpec::from_metadata(path, &metadata)?;
-    let net = spec.net.build_with(ParamsBuilder::shapes())?;
+    let net = built(path, &spec.net, ParamsBuilder::shapes())?;
     let mut expected: BTreeMap<&str, Vec<i64>> = net.params().iter().map(|(n, t)| (n, t.size())).collect();
     let mut differences = Vec::new();
     for (name, shape, _) in &tensors {
         match expected.remove(name.as_str()) {
             Some(want) if want == *shape => {}
             Some(want) => differences.push(format!("'{name}' has shape {shape:?}, expected {want:?}")),
-            None => differences.push(format!("'{name}' is not a part of the network")),
+            None => differences.push(format!("'{}' is not a part of the network", short(name))),
         }
     }
     differences.extend(expected.iter().map(|(name, shape)| format!("'{name}' {shape:?} is missing")));

@@ -6,6 +6,11 @@ use tch::Device;
 
 use crate::{DhariwalUnet, Error, OpenaiUnet, Result, SongUnet, openai_unet};
 
+mod bounds;
+
+use bounds::{Common, MAX_TAPS, even_channels, label_dropout, product, within};
+pub(crate) use bounds::{MAX_BLOCKS, MAX_SIDE};
+
 /// A network of one of the published architectures.
 ///
 /// ```
@@ -309,9 +314,9 @@ impl SongUnetSpec {
             dropout: self.dropout,
         }
         .validate()?;
-        at_least("augment_dim", self.augment_dim, 0)?;
-        at_least("channel_mult_emb", self.channel_mult_emb, 1)?;
-        at_least("channel_mult_noise", self.channel_mult_noise, 1)?;
+        within("augment_dim", self.augment_dim, 0, MAX_SIDE)?;
+        product("channel_mult_emb", self.channel_mult_emb, self.model_channels)?;
+        product("channel_mult_noise", self.channel_mult_noise, self.model_channels)?;
         label_dropout(self.label_dropout, self.num_classes)?;
         if self.noise_channels() < 4 || self.noise_channels() % 2 != 0 {
             let value = format!("… gives a noise embedding of {}", self.noise_channels());
@@ -323,6 +328,10 @@ impl SongUnetSpec {
             return Err(Error::option("embedding.scale", scale, "a finite number above 0"));
         }
         let taps = &self.resample_filter;
+        if taps.len() > MAX_TAPS {
+            let value = format!("[…] of {} taps", taps.len());
+            return Err(Error::option("resample_filter", value, format!("at most {MAX_TAPS} taps")));
+        }
         let sum: f64 = taps.iter().sum();
         if taps.is_empty() || !taps.len().is_multiple_of(2) || !sum.is_finite() || sum == 0.0 {
             let expected = "an even number of taps whose sum is not 0, such as [1, 1] or [1, 3, 3, 1]";
@@ -353,8 +362,8 @@ impl DhariwalUnetSpec {
             dropout: self.dropout,
         }
         .validate()?;
-        at_least("augment_dim", self.augment_dim, 0)?;
-        at_least("channel_mult_emb", self.channel_mult_emb, 1)?;
+        within("augment_dim", self.augment_dim, 0, MAX_SIDE)?;
+        product("channel_mult_emb", self.channel_mult_emb, self.model_channels)?;
         label_dropout(self.label_dropout, self.num_classes)?;
         even_channels(self.model_channels)
     }
@@ -396,83 +405,9 @@ impl OpenaiUnetSpec {
         }
         .validate()?;
         match self.attn_heads {
-            AttnHeads::HeadChannels(each) => at_least("attn_heads.head_channels", each, 1)?,
-            AttnHeads::NumHeads(heads) => at_least("attn_heads.num_heads", heads, 1)?,
+            AttnHeads::HeadChannels(each) => within("attn_heads.head_channels", each, 1, MAX_SIDE)?,
+            AttnHeads::NumHeads(heads) => within("attn_heads.num_heads", heads, 1, MAX_SIDE)?,
         }
         even_channels(self.model_channels)
     }
-}
-
-/// What all networks have.
-struct Common<'a> {
-    image_size: i64,
-    image_channels: i64,
-    num_classes: i64,
-    model_channels: i64,
-    channel_mult: &'a [i64],
-    num_blocks: i64,
-    attn_resolutions: &'a [i64],
-    dropout: f64,
-}
-
-impl Common<'_> {
-    fn validate(&self) -> Result<()> {
-        at_least("image_size", self.image_size, 1)?;
-        at_least("image_channels", self.image_channels, 1)?;
-        at_least("num_classes", self.num_classes, 0)?;
-        at_least("model_channels", self.model_channels, 1)?;
-        at_least("num_blocks", self.num_blocks, 1)?;
-        if self.channel_mult.is_empty() || self.channel_mult.iter().any(|mult| *mult < 1) {
-            let value = format!("{:?}", self.channel_mult);
-            return Err(Error::option("channel_mult", value, "a factor of at least 1 for each level"));
-        }
-        self.resolutions()?;
-        if !(0.0..1.0).contains(&self.dropout) {
-            return Err(Error::option("dropout", self.dropout, "a probability, 0 or more and below 1"));
-        }
-        Ok(())
-    }
-
-    /// Every level but the last is halved, and attention is at resolutions that there are.
-    fn resolutions(&self) -> Result<()> {
-        let halvings = self.channel_mult.len() as u32 - 1;
-        let divisor = 1i64.checked_shl(halvings).filter(|d| *d > 0 && self.image_size % d == 0);
-        if divisor.is_none() {
-            let expected = format!("a multiple of 2^{halvings}, for {} levels", self.channel_mult.len());
-            return Err(Error::option("image_size", self.image_size, expected));
-        }
-        let levels: Vec<i64> = (0..=halvings).map(|level| self.image_size >> level).collect();
-        match self.attn_resolutions.iter().find(|resolution| !levels.contains(resolution)) {
-            None => Ok(()),
-            Some(resolution) => {
-                let expected = format!("resolutions of this network's levels, out of {levels:?}");
-                Err(Error::option("attn_resolutions", format!("[… {resolution} …]"), expected))
-            }
-        }
-    }
-}
-
-fn at_least(key: &'static str, value: i64, least: i64) -> Result<()> {
-    if value >= least { Ok(()) } else { Err(Error::option(key, value, format!("at least {least}"))) }
-}
-
-fn even_channels(model_channels: i64) -> Result<()> {
-    if model_channels % 2 == 0 {
-        return Ok(());
-    }
-    Err(Error::option(
-        "model_channels",
-        model_channels,
-        "an even number: half of it are sines of the noise level",
-    ))
-}
-
-fn label_dropout(probability: f64, num_classes: i64) -> Result<()> {
-    if !(0.0..1.0).contains(&probability) {
-        return Err(Error::option("label_dropout", probability, "a probability, 0 or more and below 1"));
-    }
-    if probability > 0.0 && num_classes == 0 {
-        return Err(Error::option("label_dropout", probability, "0 for a network without classes"));
-    }
-    Ok(())
 }

@@ -5,9 +5,10 @@ mod common;
 use std::path::Path;
 
 use cm_model::schedule::NoiseCond;
-use cm_model::{Bundle, Cond, Sigma};
+use cm_model::{Bundle, Cond, Sigma, TensorMap};
 use cm_net::{
-    Error, ModelFile, ModelSpec, NetSpec, PrecondSpec, Role, build, inspect, load, save_model, save_tensors,
+    Error, ModelFile, ModelSpec, NetSpec, PrecondSpec, Role, SongUnetSpec, build, import, inspect, load,
+    save_model, save_tensors,
 };
 use common::{all, fill, ncsnpp, rel, song, wave};
 use tch::{Device, Kind};
@@ -94,6 +95,23 @@ fn every_difference_is_in_one_error() {
             ["'map_layer0.weight' [64, 16] is missing", "'map_layer9.weight'", "'map_layer1.bias'", "[3]"];
         assert!(parts.iter().all(|part| text.contains(part)), "{text}");
         assert!(text.contains("model.safetensors"), "{text}");
+    }
+}
+
+#[test]
+fn a_description_of_what_cannot_be_names_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.safetensors");
+    let net = SongUnetSpec { num_blocks: 1_000_000_000, ..song() };
+    save_tensors(&path, TensorMap::new(), &ModelSpec::new(Role::Denoiser, net.into(), precond())).unwrap();
+    for error in [
+        load(&path, Device::Cpu).err().unwrap(),
+        inspect(&path).unwrap_err(),
+        import::describe(&path).unwrap_err(),
+        import::load_any(&path, None).unwrap_err(),
+    ] {
+        let text = error.to_string();
+        assert!(text.contains("model.safetensors") && text.contains("num_blocks = 1000000000"), "{text}");
     }
 }
 

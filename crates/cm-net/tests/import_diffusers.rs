@@ -72,6 +72,12 @@ fn contradictions_in_a_folder_of_diffusers_are_errors() {
         ("\"act_fn\": \"silu\"", "\"act_fn\": \"silu\", \"new_option\": 3", "new_option = 3 is not known"),
         ("    64\n", "    48\n", "multiples of the first, 32"),
         ("\"sample_size\": 8", "\"sample_size\": 7", "image_size = 7"),
+        (
+            "\"layers_per_block\": 1",
+            "\"layers_per_block\": 1048576",
+            "layers_per_block = 1048576, expected a whole number from 1 to 256",
+        ),
+        ("\"act_fn\": \"silu\"", "\"act_fn\": \"silu\", \"a\\nb\": 3", "a\\nb = 3 is not known"),
         ("{", "[", "not JSON"),
     ] {
         assert!(original.contains(from), "{from}");
@@ -80,8 +86,17 @@ fn contradictions_in_a_folder_of_diffusers_are_errors() {
         let line = line.replace("time_emb_proj", "emb_layers");
         assert!(line.contains(words) && line.contains("unet/"), "{from}: {line}");
     }
+    let mut odd: serde_json::Value = serde_json::from_str(&original).unwrap();
+    odd["dropout"] = "0.1".into();
+    fs::write(&config, odd.to_string()).unwrap();
+    let line = refused(&path, None);
+    assert!(line.contains("dropout = \"0.1\", expected a number"), "{line}");
     fs::write(&config, &original).unwrap();
 
+    for error in [describe(&config).unwrap_err(), load_any(&config, None).unwrap_err()] {
+        let line = error.to_string();
+        assert!(line.contains("config.json: a description, not weights; give the folder"), "{line}");
+    }
     let scheduler = path.join("scheduler/scheduler_config.json");
     let text = fs::read_to_string(&scheduler).unwrap();
     let denoiser = kind("openai:image_size=8,head_channels=32,role=denoiser");
@@ -90,7 +105,7 @@ fn contradictions_in_a_folder_of_diffusers_are_errors() {
     for (kind, words) in [
         (denoiser.clone(), "expected a denoiser"),
         (other_heads, "HeadChannels(64)"),
-        (other_sigma, "100"),
+        (other_sigma, ": sigma_max 80, expected 100"),
         (kind("openai-imagenet64-cd"), "model_channels 32, expected 192"),
         (kind("edm"), "expected EDM's network"),
     ] {

@@ -4,19 +4,17 @@ mod common;
 #[path = "common/fixtures.rs"]
 mod fixtures;
 
-use std::fs;
 use std::path::Path;
-use std::process::Command;
 
 use cm_model::schedule::NoiseCond;
 use cm_model::{Bundle, TensorMap};
 use cm_net::import::{Architecture, Kind, describe, load_any, read_torch};
 use cm_net::{
-    AttnHeads, Decoder, Encoder, Error, ModelFile, NetSpec, NoiseEmbedding, OpenaiUnetSpec, PrecondSpec,
-    Role, build, inspect, save_tensors,
+    AttnHeads, Decoder, Encoder, Error, NetSpec, NoiseEmbedding, OpenaiUnetSpec, PrecondSpec, Role, build,
+    inspect, save_tensors,
 };
 use common::all;
-use fixtures::{MARK, TINY, assert_same, fixture, kind, unpacked, weight};
+use fixtures::{TINY, assert_same, kind, unpacked, weight};
 use proptest::prelude::*;
 use tch::{Device, Kind as Dtype, Tensor};
 
@@ -358,84 +356,66 @@ fn our_own_files_pass_through() {
     assert!(description.own && description.spec == Some(spec));
     assert!(load_any(&path, Some(Kind::of_net(&net, Role::Denoiser, precond()))).is_ok());
     let line = refused(&path, kind("openai-imagenet64-cd"));
-    assert!(line.contains("says of itself that it is a denoiser"), "{line}");
-    assert!(refused(&path, kind("openai-imagenet64-edm")).contains("expected 192"));
-}
-
-/// What scripts/convert_edm.py made of the pickles, and what it makes of them now.
-#[test]
-fn converted_pickles_are_model_files() {
-    for (name, role, sigma_min) in
-        [("edm_ddpmpp", Role::Denoiser, 0.002), ("ect_ncsnpp", Role::Consistency, 0.003)]
+    for words in
+        ["it is a denoiser, expected a consistency function", "noise_cond", "model_channels 32, expected 192"]
     {
-        let (_folder, path) = unpacked(&format!("{name}.safetensors"));
-        let info = inspect(&path).unwrap();
-        assert_eq!((info.spec.role, info.spec.precond.sigma_min), (role, sigma_min));
-        assert_eq!((info.spec.precond.sigma_max, info.spec.precond.rho), (80.0, 7.0));
-        assert_eq!(info.spec.precond.noise_cond, NoiseCond::QuarterLog);
-        let file = ModelFile::read(&path).unwrap();
-        file.backbone(Device::Cpu).unwrap();
-        // The description of the arguments and that of the shapes are one.
-        let found = Architecture::of(&file.tensors).unwrap();
-        assert_eq!(found.differences(&file.spec.net), Vec::<String>::new());
-        for (key, tensor) in file.tensors.iter().filter(|(key, _)| !key.ends_with("resample_filter")) {
-            assert!(tensor.equal(&weight(key, &tensor.size(), Dtype::Float)), "{key}");
-        }
-        let NetSpec::SongUnet(net) = &file.spec.net else { panic!() };
-        if role == Role::Denoiser {
-            assert_eq!((net.num_classes, net.augment_dim, net.dropout), (10, 9, 0.13));
-            assert_eq!(net.attn_resolutions, [4]);
-        } else {
-            assert_eq!(net.embedding, NoiseEmbedding::Fourier { scale: 0.02 });
-            assert_eq!(
-                (net.encoder, net.resample_filter.as_slice()),
-                (Encoder::Residual, &[1.0, 3.0, 3.0, 1.0][..])
-            );
-            assert!(net.attn_resolutions.is_empty(), "16 is no resolution of this network");
-        }
+        assert!(line.contains(words), "{line}");
+    }
+    assert!(refused(&path, kind("openai-imagenet64-edm")).contains("expected 192"));
+
+    // Everything that a kind says must be so.
+    let other = PrecondSpec { sigma_max: 50.0, ..precond() };
+    let line = refused(&path, Some(Kind::of_net(&net, Role::Denoiser, other)));
+    assert!(line.contains("not the network of the config: sigma_max 80, expected 50; leave"), "{line}");
+    let line = refused(&path, kind("edm"));
+    assert!(line.contains("OpenAI's U-Net, expected EDM's network"), "{line}");
+    let line = refused(&path, kind("openai:image_size=16,head_channels=16,role=denoiser"));
+    assert!(line.contains("image size 8, expected 16; heads"), "{line}");
+    let NetSpec::OpenaiUnet(bigger) = net else { panic!() };
+    let bigger = OpenaiUnetSpec { image_size: 16, attn_resolutions: vec![8], ..bigger };
+    let line = refused(&path, Some(Kind::of_net(&bigger.into(), Role::Denoiser, precond())));
+    assert!(line.contains("image size 8, expected 16"), "{line}");
+}
+
+#[test]
+fn our_own_files_must_fit_what_they_say() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.safetensors");
+    let spec = cm_net::ModelSpec::new(Role::Denoiser, common::openai().into(), precond());
+    let mut tensors = build(&spec.net, 1, Device::Cpu).unwrap().params().snapshot();
+    assert!(tensors.remove("out.2.bias").is_some());
+    tensors.insert(format!("a\u{1b}[2J{}", "b".repeat(500)), weight("w", &[1], Dtype::Float));
+    save_tensors(&path, tensors, &spec).unwrap();
+    for line in [refused(&path, None), fixtures::one_line(inspect(&path).unwrap_err())] {
+        assert!(line.contains("model.safetensors") && line.contains("'out.2.bias' [3] is missing"), "{line}");
+        assert!(line.contains("'a\\u{1b}[2Jbb") && !line.contains('\u{1b}') && line.len() < 500, "{line}");
     }
 }
 
 #[test]
-fn the_script_converts_and_runs_nothing() {
-    if Command::new("python3").arg("--version").output().is_err() {
-        println!("skipped: no python3 here");
-        return;
+fn the_scale_of_random_frequencies_is_for_networks_that_have_some() {
+    for scale in ["0", "-1", "inf", "nan"] {
+        let line =
+            format!("edm:role=denoiser,fourier_scale={scale}").parse::<Kind>().unwrap_err().to_string();
+        assert!(line.contains("fourier_scale=a finite number above 0"), "{line}");
     }
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts/convert_edm.py");
-    let run = |folder: &Path, arguments: &[&str]| {
-        Command::new("python3").arg(&script).args(arguments).current_dir(folder).output().unwrap()
-    };
-    for name in ["edm_ddpmpp", "ect_ncsnpp"] {
-        let (folder, _) = unpacked(&format!("{name}.pkl"));
-        let (_committed, want) = unpacked(&format!("{name}.safetensors"));
-        let output = run(folder.path(), &[&format!("{name}.pkl"), "-o", "new/out.safetensors"]);
-        assert!(output.status.success(), "{output:?}");
-        let got = fs::read(folder.path().join("new/out.safetensors")).unwrap();
-        assert_eq!(got, fs::read(want).unwrap(), "{name}: the script writes what is committed");
-        assert!(!folder.path().join(MARK).exists(), "the embedded source was run");
-        let output = run(folder.path(), &[&format!("{name}.pkl"), "-o", "x", "--key", "net"]);
-        let line = String::from_utf8(output.stderr).unwrap();
-        assert!(line.contains("no 'net' in it, but 'ema', 'loss_fn'"), "{line}");
-        let output = run(folder.path(), &[&format!("{name}.pkl"), "-o", "x", "--key", "loss_fn"]);
-        let line = String::from_utf8(output.stderr).unwrap();
-        assert!(line.contains("its preconditioning is EDMLoss"), "{line}");
-    }
+    let (_folder, path) = unpacked("adm.safetensors");
+    let line = refused(&path, kind("edm:role=denoiser,fourier_scale=16"));
+    assert!(line.contains("EDM's DhariwalUNet") && line.contains("no random frequencies"), "{line}");
+
     let folder = tempfile::tempdir().unwrap();
-    let evil = fixture("evil_edm.pkl");
-    let output = run(folder.path(), &[evil.to_str().unwrap(), "-o", "x"]);
-    let line = String::from_utf8(output.stderr).unwrap();
-    assert!(line.contains("'posix.system': refused, and nothing of it was run"), "{line}");
-    let (_packed, whole) = unpacked("edm_ddpmpp.pkl");
-    let whole = fs::read(whole).unwrap();
-    for cut in [0, 1, 100, whole.len() / 2, whole.len() - 1] {
-        fs::write(folder.path().join("cut.pkl"), &whole[..cut]).unwrap();
-        let output = run(folder.path(), &["cut.pkl", "-o", "x"]);
-        let line = String::from_utf8(output.stderr).unwrap();
-        assert!(
-            !output.status.success() && line.starts_with("error: cut.pkl: ") && line.lines().count() == 1,
-            "{line}"
-        );
-    }
-    assert!(!folder.path().join(MARK).exists() && !folder.path().join("x").exists());
+    let path = folder.path().join("model.safetensors");
+    let write = |net: NetSpec| {
+        let spec = cm_net::ModelSpec::new(Role::Denoiser, net.clone(), precond());
+        save_tensors(&path, build(&net, 1, Device::Cpu).unwrap().params().snapshot(), &spec).unwrap();
+    };
+    write(common::song().into());
+    let line = refused(&path, kind("edm:role=denoiser,fourier_scale=16"));
+    assert!(line.contains("no random frequencies"), "{line}");
+    assert!(load_any(&path, kind("edm")).is_ok());
+    let embedding = NoiseEmbedding::Fourier { scale: 16.0 };
+    write(cm_net::SongUnetSpec { embedding, ..common::song() }.into());
+    assert!(load_any(&path, kind("edm:role=denoiser,fourier_scale=16")).is_ok());
+    let line = refused(&path, kind("edm:role=denoiser,fourier_scale=2"));
+    assert!(line.contains("fourier_scale 16, expected 2"), "{line}");
 }

@@ -92,7 +92,9 @@ fn a_state_dict_in_other_dicts_is_found_where_there_is_one() {
         "{line}"
     );
     let line = refused(&fixture("mixed.pt"));
-    assert!(line.contains("'step': an integer"), "{line}");
+    assert!(line.contains("'step': an integer") && line.contains("torch.is_tensor(v)"), "{line}");
+    let line = verdict(b"\x80\x02}X\x05\0\0\0a\x1b[2JK\x01s.");
+    assert!(line.contains("'a\\u{1b}[2J': an integer") && !line.contains('\x1b'), "{line}");
 }
 
 #[test]
@@ -122,6 +124,14 @@ fn what_is_cut_off_damaged_or_boastful_is_one_line() {
         let line = refused(&fixture(name));
         assert!(words.iter().all(|word| line.contains(word)), "{line}");
     }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("renamed.pt");
+    let mut bytes = fs::read(fixture("dtypes.pt")).unwrap();
+    let at = bytes.windows(7).position(|window| window == b"float64").unwrap();
+    bytes[at + 6] = b'5';
+    fs::write(&path, bytes).unwrap();
+    let line = refused(&path);
+    assert!(line.contains("data.pkl has another checksum"), "{line}");
     for name in ["claims_2gb.safetensors", "claims_2gb_head.safetensors"] {
         for line in [
             load_any(&fixture(name), None).unwrap_err().to_string(),
@@ -130,12 +140,16 @@ fn what_is_cut_off_damaged_or_boastful_is_one_line() {
             assert!(line.contains(name) && !line.contains('\n'), "{line}");
         }
     }
-    let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("nothing.safetensors");
     let head = format!(r#"{{"a":{{"dtype":"F32","shape":[0,{0},{0}],"data_offsets":[0,0]}}}}"#, 1u64 << 40);
     fs::write(&path, [&(head.len() as u64).to_le_bytes(), head.as_bytes()].concat()).unwrap();
     let line = load_any(&path, None).unwrap_err().to_string();
     assert!(line.contains("nothing.safetensors: "), "{line}");
+    let head = r#"{"a\u001b[2J":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}"#;
+    fs::write(&path, [&(head.len() as u64).to_le_bytes(), head.as_bytes(), &[0; 4]].concat()).unwrap();
+    for error in [load_any(&path, None).unwrap_err(), describe(&path).unwrap_err()] {
+        assert!(!error.to_string().contains('\x1b'), "{error}");
+    }
     for (name, content) in
         [("empty.pt", &b""[..]), ("text.pt", b"hello"), ("half.pt", b"PK\x03\x04"), ("p.pt", b"\x80\x02")]
     {

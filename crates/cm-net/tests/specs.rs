@@ -52,7 +52,7 @@ fn refused(spec: impl Into<NetSpec>, key: &str, expected: &str) {
 fn options_that_do_not_go_together_are_refused() {
     refused(SongUnetSpec { attn_resolutions: vec![4, 16], ..song() }, "attn_resolutions", "[8, 4]");
     refused(SongUnetSpec { image_size: 9, ..song() }, "image_size", "a multiple of 2^1, for 2 levels");
-    refused(SongUnetSpec { channel_mult: vec![1; 70], ..song() }, "image_size", "a multiple of 2^69");
+    refused(SongUnetSpec { channel_mult: vec![1; 16], ..song() }, "image_size", "a multiple of 2^15");
     refused(SongUnetSpec { channel_mult: vec![], ..song() }, "channel_mult", "for each level");
     refused(SongUnetSpec { channel_mult: vec![1, 0], ..song() }, "channel_mult", "for each level");
     refused(SongUnetSpec { model_channels: 50, ..song() }, "model_channels", "divide into 12 groups");
@@ -78,6 +78,36 @@ fn options_that_do_not_go_together_are_refused() {
     refused(OpenaiUnetSpec { attn_heads, ..openai() }, "attn_heads", "divide the channels");
     let attn_heads = AttnHeads::NumHeads(0);
     refused(OpenaiUnetSpec { attn_heads, ..openai() }, "attn_heads.num_heads", "at least 1");
+}
+
+#[test]
+fn no_network_is_described_beyond_all_bounds() {
+    let huge = 1i64 << 40;
+    refused(SongUnetSpec { num_blocks: 1_000_000_000, ..song() }, "num_blocks", "at most 256");
+    refused(DhariwalUnetSpec { num_blocks: 257, ..adm() }, "num_blocks", "at most 256");
+    refused(OpenaiUnetSpec { num_blocks: i64::MAX, ..openai() }, "num_blocks", "at most 256");
+    refused(SongUnetSpec { channel_mult: vec![1; 17], ..song() }, "channel_mult", "at most 16 levels");
+    refused(SongUnetSpec { resample_filter: vec![1.0; 66], ..song() }, "resample_filter", "at most 64 taps");
+    refused(SongUnetSpec { image_size: huge, ..song() }, "image_size", "at most 1048576");
+    refused(SongUnetSpec { image_channels: huge, ..song() }, "image_channels", "at most 1048576");
+    refused(SongUnetSpec { num_classes: huge, ..song() }, "num_classes", "at most 1048576");
+    refused(SongUnetSpec { augment_dim: huge, ..song() }, "augment_dim", "at most 1048576");
+    refused(OpenaiUnetSpec { model_channels: huge, ..openai() }, "model_channels", "at most 1048576");
+    for factor in [huge, i64::MAX, 1 << 20] {
+        let channel_mult = vec![1, factor];
+        refused(OpenaiUnetSpec { channel_mult, ..openai() }, "channel_mult", "at most 1048576");
+        refused(SongUnetSpec { channel_mult_emb: factor, ..song() }, "channel_mult_emb", "at most 1048576");
+        refused(
+            SongUnetSpec { channel_mult_noise: factor, ..song() },
+            "channel_mult_noise",
+            "at most 1048576",
+        );
+        refused(
+            DhariwalUnetSpec { channel_mult_emb: factor, ..adm() },
+            "channel_mult_emb",
+            "at most 1048576",
+        );
+    }
 }
 
 #[test]

@@ -8,8 +8,8 @@ use serde_json::Value;
 
 use super::kind::{Kind, Unknowns};
 use super::pickle::Result;
-use crate::spec::OpenaiUnetSpec;
-use crate::{AttnHeads, NetSpec};
+use crate::spec::{MAX_SIDE, OpenaiUnetSpec};
+use crate::{AttnHeads, NetSpec, NoiseEmbedding, SongUnetSpec};
 
 mod edm;
 mod openai;
@@ -135,7 +135,15 @@ impl Architecture {
             (Self::Openai(parts), Unknowns::Openai { image_size, heads }) => {
                 Ok(parts.spec(image_size, heads).into())
             }
-            (Self::Edm(net), Unknowns::Edm { fourier_scale }) => Ok(edm::with_scale(net, fourier_scale)),
+            (Self::Edm(net), Unknowns::Edm { fourier_scale }) => match net {
+                NetSpec::SongUnet(SongUnetSpec { embedding: NoiseEmbedding::Fourier { .. }, .. }) => {
+                    Ok(edm::with_scale(net, fourier_scale))
+                }
+                _ if kind.scale_given => Err(format!(
+                    "{self} has no random frequencies, so no fourier_scale; leave it out of {kind}"
+                )),
+                _ => Ok(net.clone()),
+            },
             _ => Err(format!("it is {self}, which {kind} is not")),
         }
     }
@@ -281,9 +289,6 @@ impl Lookup<'_> {
         (0..).take_while(|&index| self.has(&name(index))).count() as i64
     }
 }
-
-/// Longest axis of a weight: far above any network's, and small enough that products do not overflow.
-const MAX_SIDE: i64 = 1 << 20;
 
 /// The factors of `widths` over `model_channels`.
 fn multipliers(model_channels: i64, widths: &[i64]) -> Result<Vec<i64>> {

@@ -5,6 +5,8 @@
 
 use std::io::{Read, Seek, SeekFrom};
 
+use cm_model::short;
+
 use super::pickle::Result;
 
 const END: &[u8; 4] = b"PK\x05\x06";
@@ -44,7 +46,7 @@ pub(super) fn entries(file: &mut (impl Read + Seek), length: u64) -> Result<Vec<
 /// Where the bytes of an entry begin, all of which lie in the file.
 pub(super) fn start(file: &mut (impl Read + Seek), length: u64, entry: &Entry) -> Result<u64> {
     let problem =
-        || format!("'{}' does not lie whole in the zip; copy or download the file again", entry.name);
+        || format!("'{}' does not lie whole in the zip; copy or download the file again", short(&entry.name));
     let header = read(file, length, entry.header, 30).map_err(|_| problem())?;
     let field = |at: usize| u64::from(u16::from_le_bytes([header[at], header[at + 1]]));
     let start = entry.header + 30 + field(26) + field(28);
@@ -108,7 +110,7 @@ fn entry(bytes: &[u8]) -> Option<Result<(Entry, &[u8])>> {
     let [size, stored, header] = fields;
     let entry = Entry { name, size: size?, crc: u32_at(head, 16)?, header: header? };
     if flags & 1 != 0 || method != 0 || stored? != entry.size {
-        let name = entry.name.escape_debug();
+        let name = short(&entry.name);
         return Some(Err(format!(
             "'{name}' in the zip is compressed or encrypted; torch.save stores what it writes as it is"
         )));

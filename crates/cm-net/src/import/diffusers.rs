@@ -4,12 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use cm_model::schedule::NoiseCond;
-use cm_model::{Params, ParamsBuilder, TensorMap};
+use cm_model::{Params, ParamsBuilder, TensorMap, short};
 use serde_json::Value;
 use tch::Tensor;
 
 use super::architecture::Architecture;
-use super::kind::Unknowns;
 use super::{Kind, NUM_SCALES, TorchFile, Watch, choices, problem, with_source};
 use crate::spec::OpenaiUnetSpec;
 use crate::{Error, ModelFile, ModelSpec, NetSpec, PrecondSpec, Result, Role};
@@ -87,35 +86,12 @@ pub(super) fn load(folder: &Path, kind: Option<Kind>, watch: Watch<'_>) -> Resul
 
 /// What contradicts a kind.
 fn contradictions(net: &OpenaiUnetSpec, scheduler: &config::Scheduler, kind: &Kind) -> Vec<String> {
-    let mut found = Vec::new();
-    let heads = match (kind.unknowns, &kind.net) {
-        (_, Some(wanted)) => {
-            found.extend(Architecture::of_net(&net.clone().into()).differences(wanted));
-            match wanted {
-                NetSpec::OpenaiUnet(wanted) => wanted.attn_heads,
-                NetSpec::SongUnet(_) | NetSpec::DhariwalUnet(_) => net.attn_heads,
-            }
-        }
-        (Unknowns::Openai { image_size, heads }, None) => {
-            if image_size != net.image_size {
-                found.push(format!("image size {}, expected {image_size}", net.image_size));
-            }
-            heads
-        }
-        (Unknowns::Edm { .. }, None) => {
-            found.push("OpenAI's U-Net, expected EDM's network".to_owned());
-            net.attn_heads
-        }
-    };
-    if heads != net.attn_heads {
-        found.push(format!("heads {:?}, expected {heads:?}", net.attn_heads));
-    }
+    let mut found = kind.contradictions(&net.clone().into());
     if let config::Scheduler::Consistency { precond, .. } = scheduler {
         if kind.role() != Role::Consistency {
             found.push(format!("{SCHEDULER} is for consistency models, expected a {}", kind.role()));
-        } else if kind.precond() != *precond {
-            found.push(format!("noise levels {precond:?}, expected {:?}", kind.precond()));
         }
+        found.extend(precond.differences(&kind.precond()));
     }
     found
 }
@@ -183,7 +159,7 @@ fn to_ours(path: &Path, net: &OpenaiUnetSpec, mut theirs: TensorMap) -> Result<T
         let whole = if parts.len() == 1 { parts.remove(0) } else { Tensor::cat(&parts, 0) };
         ours.insert(mapped.ours.clone(), whole.reshape(&mapped.our_shape));
     }
-    differences.extend(theirs.keys().map(|name| format!("'{name}' is not a part of the network")));
+    differences.extend(theirs.keys().map(|name| format!("'{}' is not a part of the network", short(name))));
     match differences.is_empty() {
         true => Ok(ours),
         false => {

@@ -6,8 +6,9 @@ use std::str::FromStr;
 
 use cm_model::schedule::NoiseCond;
 
+use super::Architecture;
 use crate::spec::{AttnHeads, OpenaiUnetSpec};
-use crate::{Error, NetSpec, PrecondSpec, Result, Role};
+use crate::{Error, NetSpec, NoiseEmbedding, PrecondSpec, Result, Role, SongUnetSpec};
 
 /// What a state dict does not say: what the function is (denoiser or consistency function), its noise levels, and,
 /// for OpenAI's network, the image size and the size of the attention heads.
@@ -30,6 +31,8 @@ pub struct Kind {
     precond: PrecondSpec,
     num_scales: Option<u32>,
     pub(super) unknowns: Unknowns,
+    /// Whether `fourier_scale` was spelled out, which only a network with random frequencies has.
+    pub(super) scale_given: bool,
     /// The network that the name stands for, down to the last channel.
     pub(super) net: Option<NetSpec>,
 }
@@ -46,8 +49,8 @@ pub(super) enum Unknowns {
 
 /// How kinds of one's own are spelled, for help texts and errors.
 pub const OWN_KINDS: &str = "openai:image_size=N,head_channels=N,role=denoiser|consistency \
-     (or num_heads=N; sigma_min, sigma_max, sigma_data, rho where they are not 0.002, 80, 0.5, 7), \
-     edm:role=denoiser|consistency (and fourier_scale where it is not 16)";
+     (or num_heads=N), edm:role=denoiser|consistency (and fourier_scale where it is not 16); \
+     with either sigma_min, sigma_max, sigma_data, rho where they are not 0.002, 80, 0.5, 7";
 
 impl Kind {
     /// The published models: OpenAI's for ImageNet-64 and LSUN-256 (denoiser `edm`, consistency functions `cd` and
@@ -87,12 +90,20 @@ impl Kind {
             NetSpec::SongUnet(_) | NetSpec::DhariwalUnet(_) => Unknowns::Edm { fourier_scale: 16.0 },
         };
         let name = "the network of the config".to_owned();
-        Self { name, role, precond, num_scales: None, unknowns, net: Some(net.clone()) }
+        Self { name, role, precond, num_scales: None, unknowns, scale_given: false, net: Some(net.clone()) }
     }
 
     fn edm(name: &str, role: Role, precond: PrecondSpec, fourier_scale: f64) -> Self {
         let unknowns = Unknowns::Edm { fourier_scale };
-        Self { name: name.to_owned(), role, precond, num_scales: None, unknowns, net: None }
+        Self {
+            name: name.to_owned(),
+            role,
+            precond,
+            num_scales: None,
+            unknowns,
+            scale_given: false,
+            net: None,
+        }
     }
 
     /// Its name, as it is typed.
@@ -125,6 +136,53 @@ impl Kind {
         Self::named().iter().map(Kind::name).collect::<Vec<_>>().join(", ")
     }
 
+    /// What of a whole network contradicts this kind.
+    pub(super) fn contradictions(&self, net: &NetSpec) -> Vec<String> {
+        let mut found = Vec::new();
+        if let Some(wanted) = &self.net {
+            found = Architecture::of_net(net).differences(wanted);
+        }
+        match (net, self.unknowns) {
+            (NetSpec::OpenaiUnet(net), Unknowns::Openai { image_size, heads }) => {
+                if image_size != net.image_size {
+                    found.push(format!("image size {}, expected {image_size}", net.image_size));
+                }
+                if heads != net.attn_heads {
+                    found.push(format!("heads {:?}, expected {heads:?}", net.attn_heads));
+                }
+            }
+            (NetSpec::SongUnet(_) | NetSpec::DhariwalUnet(_), Unknowns::Edm { fourier_scale })
+                if self.net.is_none() =>
+            {
+                let drawn = match net {
+                    NetSpec::SongUnet(SongUnetSpec {
+                        embedding: NoiseEmbedding::Fourier { scale }, ..
+                    }) => Some(*scale),
+                    _ => None,
+                };
+                match drawn {
+                    Some(scale) if scale != fourier_scale => {
+                        found.push(format!("fourier_scale {scale}, expected {fourier_scale}"));
+                    }
+                    None if self.scale_given => {
+                        found.push("no random frequencies, expected some of a fourier_scale".to_owned());
+                    }
+                    _ => {}
+                }
+            }
+            (NetSpec::OpenaiUnet(_), Unknowns::Edm { .. }) if self.net.is_none() => {
+                found.push("OpenAI's U-Net, expected EDM's network".to_owned());
+            }
+            (NetSpec::SongUnet(_) | NetSpec::DhariwalUnet(_), Unknowns::Openai { .. })
+                if self.net.is_none() =>
+            {
+                found.push("EDM's network, expected OpenAI's U-Net".to_owned());
+            }
+            _ => {}
+        }
+        found
+    }
+
     /// `openai:…` or `edm:…`.
     fn spelled(text: &str, family: &str, options: &str) -> Result<Self> {
         let mut options = Options::parse(text, options)?;
@@ -146,6 +204,7 @@ impl Kind {
             Some("consistency") => Role::Consistency,
             _ => return Err(options.bad("role=denoiser or role=consistency")),
         };
+        let mut scale_given = false;
         let unknowns = if family == "openai" {
             let heads = (options.take("head_channels")?, options.take("num_heads")?);
             let heads = match heads {
@@ -157,10 +216,15 @@ impl Kind {
             let image_size = image_size.ok_or_else(|| options.bad("image_size=N, the side in pixels"))?;
             Unknowns::Openai { image_size, heads }
         } else {
-            Unknowns::Edm { fourier_scale: options.take("fourier_scale")?.unwrap_or(16.0) }
+            let given = options.take::<f64>("fourier_scale")?;
+            if given.is_some_and(|scale| !(scale.is_finite() && scale > 0.0)) {
+                return Err(options.bad("fourier_scale=a finite number above 0"));
+            }
+            scale_given = given.is_some();
+            Unknowns::Edm { fourier_scale: given.unwrap_or(16.0) }
         };
         options.finish()?;
-        Ok(Self { name: text.to_owned(), role, precond, num_scales: None, unknowns, net: None })
+        Ok(Self { name: text.to_owned(), role, precond, num_scales: None, unknowns, scale_given, net: None })
     }
 }
 

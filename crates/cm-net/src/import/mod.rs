@@ -25,7 +25,7 @@ use std::collections::BTreeSet;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use cm_model::{Bundle, Cast, ParamsBuilder, TensorMap};
+use cm_model::{Bundle, Cast, ParamsBuilder, TensorMap, short};
 
 pub use architecture::{Architecture, OpenaiParts};
 use architecture::{Family, edm_of, family, openai_of, shapes};
@@ -34,6 +34,7 @@ pub use kind::{Kind, OWN_KINDS};
 use torch::TorchFile;
 pub use torch::read_torch;
 
+use crate::model::built;
 use crate::{Error, ModelFile, ModelSpec, NetSpec, Result};
 
 /// Is told, while a file is read, how many of how many bytes have been.
@@ -46,7 +47,8 @@ pub const NUM_SCALES: &str = "num_scales";
 ///
 /// # Errors
 /// [`Error::Import`] for a file that cannot be read, whose network is not known here, that needs a kind, or that
-/// contradicts the kind given; [`Error::Weights`] with every difference between the weights and the network that
+/// contradicts itself or the kind given; [`Error::NotAModel`] for a description that is not one of this version;
+/// [`Error::Weights`] with every difference between the weights and the network that
 /// they are to be.
 pub fn load_any(path: &Path, kind: Option<Kind>) -> Result<ModelFile> {
     load_any_watched(path, kind, &mut |_, _| {})
@@ -73,7 +75,9 @@ pub fn load_any_watched(path: &Path, kind: Option<Kind>, watch: Watch<'_>) -> Re
             if !ModelSpec::describes(&metadata) {
                 return from_published(path, tensors, kind);
             }
-            let file = ModelFile::new(path, ModelSpec::from_metadata(path, &metadata)?, tensors);
+            let spec = ModelSpec::from_metadata(path, &metadata)?;
+            check(path, &spec.net, &tensors)?;
+            let file = ModelFile::new(path, spec, tensors);
             match kind {
                 Some(kind) => agreeing(path, file, &kind),
                 None => Ok(file),
@@ -131,7 +135,10 @@ pub fn describe(path: &Path) -> Result<Description> {
     let own = folder.is_none() && contents.spec.is_some();
     let (architecture, spec) = match (folder, contents.spec.clone()) {
         (Some((known, spec)), _) => (Ok(known), spec),
-        (None, Some(spec)) => (Ok(Architecture::of_net(&spec.net)), Some(spec)),
+        (None, Some(spec)) => {
+            built(&weights, &spec.net, ParamsBuilder::shapes())?;
+            (Ok(Architecture::of_net(&spec.net)), Some(spec))
+        }
         (None, None) => (contents.architecture(&weights)?, None),
     };
     let fitting = |kind: &Kind| architecture.as_ref().is_ok_and(|found| found.fits(kind));
@@ -162,8 +169,11 @@ impl Contents {
     fn of(path: &Path) -> Result<Self> {
         if is_torch(path)? {
             let file = TorchFile::open(path)?;
-            let inside =
-                if file.inside.is_empty() { String::new() } else { format!(", in '{}'", file.inside) };
+            let inside = if file.inside.is_empty() {
+                String::new()
+            } else {
+                format!(", in '{}'", short(&file.inside))
+            };
             return Ok(Self {
                 form: format!("{}{inside}", file.form),
                 shapes: file.shapes(),
@@ -208,7 +218,7 @@ const WITHOUT_CONFIG: &str =
     "weights of diffusers without their config.json; give the folder that holds both";
 
 fn unknown_names<'a>(names: impl Iterator<Item = &'a String>) -> String {
-    let names: Vec<_> = names.take(4).map(|name| format!("'{}'", name.escape_debug())).collect();
+    let names: Vec<_> = names.take(4).map(|name| format!("'{}'", short(name))).collect();
     format!("its tensors ({}, …) are not those of a network that is known here", names.join(", "))
 }
 
@@ -228,7 +238,14 @@ fn form_of(path: &Path) -> Result<Form> {
     if diffusers::is_weights(path) {
         return Ok(Form::Diffusers(path.parent().unwrap_or(Path::new("")).to_owned()));
     }
-    Ok(if is_torch(path)? { Form::Torch } else { Form::Safetensors })
+    if is_torch(path)? {
+        return Ok(Form::Torch);
+    }
+    if path.extension().is_some_and(|extension| extension == "json") {
+        let text = "a description, not weights; give the folder of diffusers that holds both, or the file of weights";
+        return Err(problem(path, text.to_owned()));
+    }
+    Ok(Form::Safetensors)
 }
 
 /// Whether a file begins as `torch.save`'s do: a zip, or a pickle (and not the length of a safetensors file's head,
@@ -280,23 +297,25 @@ fn from_published(path: &Path, tensors: TensorMap, kind: Option<Kind>) -> Result
     Ok(ModelFile::new(path, with_source(path, spec), tensors))
 }
 
-/// A file of this program that was given with a kind: the two must agree.
+/// A file of this program that was given with a kind: the two must agree in everything.
 fn agreeing(path: &Path, file: ModelFile, kind: &Kind) -> Result<ModelFile> {
-    if file.spec.role != kind.role() {
-        return Err(problem(
-            path,
-            format!(
-                "it says of itself that it is a {}, and {kind} is a {}; leave --as out",
-                file.spec.role,
-                kind.role()
-            ),
-        ));
+    let ModelSpec { role, net, precond, .. } = &file.spec;
+    let mut differences = Vec::new();
+    if *role != kind.role() {
+        differences.push(format!("it is a {role}, expected a {}", kind.role()));
     }
-    if kind.net.is_some() {
-        let found = Architecture::of(&file.tensors)?;
-        found.spec(kind).map_err(|e| problem(path, e))?;
+    differences.extend(precond.differences(&kind.precond()));
+    differences.extend(kind.contradictions(net));
+    match differences.is_empty() {
+        true => Ok(file),
+        false => {
+            let text = format!(
+                "it says of itself that it is not {kind}: {}; leave --as out",
+                differences.join("; ")
+            );
+            Err(problem(path, text))
+        }
     }
-    Ok(file)
 }
 
 fn with_source(path: &Path, mut spec: ModelSpec) -> ModelSpec {

@@ -14,7 +14,7 @@ use std::io::BufRead;
 
 use heap::{Callable, MAX_AXES, callable, refusal};
 pub(super) use heap::{Heap, STORAGES, Storage, Value};
-pub(super) use input::Input;
+pub(super) use input::{Input, MAX_BYTES};
 
 /// What is wrong, without the file's name.
 pub(super) type Result<T> = std::result::Result<T, String>;

@@ -9,12 +9,12 @@ use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
 
-use cm_model::TensorMap;
+use cm_model::{TensorMap, short};
 use tch::{Kind, Tensor};
 
 use super::architecture::Shapes;
 use super::archive::{self, Entry};
-use super::pickle::{self, Heap, Input, Result, STORAGES, Storage, Value};
+use super::pickle::{self, Heap, Input, MAX_BYTES, Result, STORAGES, Storage, Value};
 use super::{Watch, problem};
 
 /// The first number of the older form.
@@ -117,12 +117,9 @@ impl TorchFile {
             let storage = &self.heap.storages[id];
             let bytes = archive::read(&mut self.file, self.length, span.start, span.bytes)
                 .map_err(|e| problem(&self.path, e))?;
-            if span.crc.is_some_and(|crc| crc32fast::hash(&bytes) != crc) {
-                let text = format!(
-                    "storage '{}' has another checksum than the zip says: the file is damaged",
-                    storage.key
-                );
-                return Err(problem(&self.path, text));
+            if let Some(crc) = span.crc {
+                intact(&bytes, crc, || format!("storage '{}'", short(&storage.key)))
+                    .map_err(|e| problem(&self.path, e))?;
             }
             flat.insert(id, numbers(&bytes, storage)?);
             done += span.bytes;
@@ -138,6 +135,17 @@ impl TorchFile {
             tensors.insert(name, view.map_err(cm_model::Error::from)?);
         }
         Ok(tensors)
+    }
+}
+
+/// Holds bytes against the checksum that the zip has for them.
+fn intact(bytes: &[u8], crc: u32, what: impl Fn() -> String) -> Result<()> {
+    match crc32fast::hash(bytes) == crc {
+        true => Ok(()),
+        false => Err(format!(
+            "{} has another checksum than the zip says: the file is damaged; copy or download it again",
+            what()
+        )),
     }
 }
 
@@ -166,7 +174,7 @@ fn read_zip(file: &mut BufReader<File>, length: u64) -> Result<Opened> {
     let mut entries = HashMap::new();
     for entry in archive::entries(file, length)? {
         if let Some(twice) = entries.insert(entry.name.clone(), entry) {
-            return Err(format!("'{}' is in the zip twice", twice.name.escape_debug()));
+            return Err(format!("'{}' is in the zip twice", short(&twice.name)));
         }
     }
     let names: Vec<&String> = entries.keys().collect();
@@ -187,14 +195,19 @@ fn read_zip(file: &mut BufReader<File>, length: u64) -> Result<Opened> {
             let order = String::from_utf8_lossy(&order);
             return Err(format!(
                 "its numbers are in the byte order '{}', only little-endian is read; save it again elsewhere",
-                order.escape_debug()
+                short(&order)
             ));
         }
     }
     let entry = &entries[&format!("{prefix}data.pkl")];
     let start = archive::start(file, length, entry)?;
-    file.seek(SeekFrom::Start(start)).map_err(|e| e.to_string())?;
-    let (heap, root) = pickle::load(&mut Input::new(file, entry.size))?;
+    if entry.size > MAX_BYTES {
+        return Err(format!("data.pkl of {} bytes, at most {MAX_BYTES} are read", entry.size));
+    }
+    let bytes = archive::read(file, length, start, entry.size)?;
+    let loaded = pickle::load(&mut Input::new(bytes.as_slice(), entry.size));
+    intact(&bytes, entry.crc, || "data.pkl".to_owned())?;
+    let (heap, root) = loaded?;
     Ok(("torch.save, zip form", heap, root, Places::Zip { prefix, entries }))
 }
 
@@ -249,13 +262,13 @@ fn locate(
             for &id in needed {
                 let Storage { key, .. } = &storages[id];
                 let entry = entries.get(&format!("{prefix}data/{key}"));
-                let entry =
-                    entry.ok_or_else(|| format!("storage '{}' is not in the zip", key.escape_debug()))?;
+                let entry = entry.ok_or_else(|| format!("storage '{}' is not in the zip", short(key)))?;
                 let bytes = claim(&storages[id], entry.size)?;
                 if bytes != entry.size {
                     let size = entry.size;
                     return Err(format!(
-                        "storage '{key}' claims {bytes} bytes, and the zip has {size} for it"
+                        "storage '{}' claims {bytes} bytes, and the zip has {size} for it",
+                        short(key)
                     ));
                 }
                 let start = archive::start(file, length, entry)?;
@@ -268,13 +281,13 @@ fn locate(
             let mut at = *start;
             for key in keys {
                 let id = by_key.get(key.as_str());
-                let &id =
-                    id.ok_or_else(|| format!("storage '{}' belongs to no tensor", key.escape_debug()))?;
+                let &id = id.ok_or_else(|| format!("storage '{}' belongs to no tensor", short(key)))?;
                 let head = archive::read(file, length, at, 8)?;
                 let numel = head.try_into().map(u64::from_le_bytes).unwrap_or_default();
                 if numel != storages[id].numel {
                     return Err(format!(
-                        "storage '{key}' has {numel} numbers, {} were announced",
+                        "storage '{}' has {numel} numbers, {} were announced",
+                        short(key),
                         storages[id].numel
                     ));
                 }
@@ -284,7 +297,7 @@ fn locate(
             }
             spans.retain(|id, _| needed.contains(id));
             if let Some(id) = needed.iter().find(|id| !spans.contains_key(id)) {
-                return Err(format!("storage '{}' is not in the file", storages[*id].key.escape_debug()));
+                return Err(format!("storage '{}' is not in the file", short(&storages[*id].key)));
             }
         }
     }
@@ -302,7 +315,7 @@ fn claim(storage: &Storage, present: u64) -> Result<u64> {
         Some(bytes) if bytes <= present => Ok(bytes),
         bytes => Err(format!(
             "storage '{}' claims {} bytes, and the file has {present} for it: truncated or damaged",
-            storage.key.escape_debug(),
+            short(&storage.key),
             bytes.map_or_else(|| "2^64 or more".to_owned(), |bytes| bytes.to_string())
         )),
     }
@@ -338,20 +351,20 @@ fn state_dict(heap: &Heap, root: Value) -> Result<(String, BTreeMap<String, usiz
             for (key, value) in &heap.dicts[*id] {
                 let (Some(name), Value::Tensor(tensor)) = (heap.text(*key), value) else { continue };
                 if names.insert(name.to_owned(), *tensor).is_some() {
-                    return Err(format!("'{}' is there twice", name.escape_debug()));
+                    return Err(format!("'{}' is there twice", short(name)));
                 }
             }
             Ok((path.join("."), names))
         }
         [] => Err(no_state_dict(heap, root)),
         several => {
-            let paths: Vec<_> = several.iter().take(8).map(|(path, _)| path.join(".")).collect();
+            let paths: Vec<_> = several.iter().take(8).map(|(path, _)| short(&path.join("."))).collect();
             Err(format!(
                 "it holds {} dicts of tensors ({}); save the one you mean on its own: \
                  torch.save(torch.load(FILE)['{}'], …)",
                 several.len(),
                 paths.join(", "),
-                several[0].0.first().copied().unwrap_or_default()
+                short(several[0].0.first().copied().unwrap_or_default())
             ))
         }
     }
@@ -361,11 +374,15 @@ fn state_dict(heap: &Heap, root: Value) -> Result<(String, BTreeMap<String, usiz
 fn no_state_dict(heap: &Heap, root: usize) -> String {
     let items = heap.dicts[root].iter();
     let others = items.filter(|(_, value)| !matches!(value, Value::Tensor(_))).take(8).map(|(key, value)| {
-        let key = heap.text(*key).map_or_else(|| key.what().to_owned(), |key| format!("'{key}'"));
+        let key = heap.text(*key).map_or_else(|| key.what().to_owned(), |key| format!("'{}'", short(key)));
         format!("{key}: {}", value.what())
     });
     let others: Vec<_> = others.collect();
-    format!("it holds no dict of tensors alone, but a dict with {{{}}}", others.join(", "))
+    format!(
+        "it holds no dict of tensors alone, but a dict with {{{}}}; save the tensors alone: \
+         torch.save({{k: v for k, v in torch.load(FILE).items() if torch.is_tensor(v)}}, …)",
+        others.join(", ")
+    )
 }
 
 /// The name of a storage in a pickle, where it has one.

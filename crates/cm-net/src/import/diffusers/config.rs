@@ -3,6 +3,7 @@
 use super::*;
 use crate::AttnHeads;
 use crate::import::pickle;
+use crate::spec::{MAX_BLOCKS, MAX_SIDE};
 
 /// The only scheduler that says what its network is.
 const CM_SCHEDULER: &str = "CMStochasticIterativeScheduler";
@@ -46,13 +47,13 @@ pub(super) fn scheduler(folder: &Path) -> Result<Scheduler> {
     let config = read(&path)?;
     match config.get("_class_name").and_then(Value::as_str) {
         Some(CM_SCHEDULER) => {}
-        class => return Ok(Scheduler::Other(class.unwrap_or("without a class").to_owned())),
+        class => return Ok(Scheduler::Other(class.map_or_else(|| "without a class".to_owned(), short))),
     }
     let number = |key: &str, default: f64| match config.get(key) {
         None => Ok(default),
-        Some(value) => {
-            value.as_f64().ok_or_else(|| problem(&path, format!("{key} = {value}, expected a number")))
-        }
+        Some(value) => value.as_f64().ok_or_else(|| {
+            problem(&path, format!("{key} = {}, expected a number", short(&value.to_string())))
+        }),
     };
     let precond = PrecondSpec {
         sigma_data: number("sigma_data", 0.5)?,
@@ -113,17 +114,21 @@ impl<'a> Reader<'a> {
             _ => got == expected,
         };
         if !same {
-            self.problems.push(format!("{key} = {got}, expected {expected}"));
+            self.problems.push(format!("{key} = {}, expected {expected}", short(&got.to_string())));
         }
     }
 
     fn bad<T>(&mut self, key: &str, got: impl std::fmt::Display, expected: &str) -> Option<T> {
-        self.problems.push(format!("{key} = {got}, expected {expected}"));
+        self.problems.push(format!("{key} = {}, expected {expected}", short(&got.to_string())));
         None
     }
 
     /// A whole number of at least 1; `default` where there is none.
     fn count(&mut self, key: &'static str, default: Option<i64>) -> Option<i64> {
+        self.count_to(key, default, MAX_SIDE)
+    }
+
+    fn count_to(&mut self, key: &'static str, default: Option<i64>, most: i64) -> Option<i64> {
         let value = match self.get(key) {
             // The side of an image may be written as a pair.
             Value::Array(pair) if pair.len() == 2 && pair[0] == pair[1] => &pair[0],
@@ -131,9 +136,9 @@ impl<'a> Reader<'a> {
         };
         match value {
             Value::Null if default.is_some() => default,
-            value => match value.as_i64().filter(|n| (1..=1 << 20).contains(n)) {
+            value => match value.as_i64().filter(|n| (1..=most).contains(n)) {
                 Some(n) => Some(n),
-                None => self.bad(key, value, "a whole number of at least 1"),
+                None => self.bad(key, value, &format!("a whole number from 1 to {most}")),
             },
         }
     }
@@ -172,7 +177,10 @@ pub(super) fn network(config: &Config) -> pickle::Result<OpenaiUnetSpec> {
     let Reader { known, mut problems, .. } = reader;
     let ignored = |key: &str| key.starts_with('_') || key == "num_train_timesteps" || known.contains(key);
     let unknown = config.iter().filter(|(key, value)| !ignored(key) && !value.is_null());
-    problems.extend(unknown.map(|(key, value)| format!("{key} = {value} is not known here")));
+    problems.extend(
+        unknown
+            .map(|(key, value)| format!("{} = {} is not known here", short(key), short(&value.to_string()))),
+    );
     match net {
         Some(net) if problems.is_empty() => {
             NetSpec::from(net.clone()).validate().map_err(|e| e.to_string())?;
@@ -191,8 +199,8 @@ fn read_network(reader: &mut Reader<'_>) -> Option<OpenaiUnetSpec> {
         reader.bad::<()>("out_channels", out, &format!("{channels}, as many as in_channels"));
     }
     let widths =
-        reader.list("block_out_channels", |value| value.as_i64().filter(|n| (1..=1 << 20).contains(n)));
-    let num_blocks = reader.count("layers_per_block", Some(2));
+        reader.list("block_out_channels", |value| value.as_i64().filter(|n| (1..=MAX_SIDE).contains(n)));
+    let num_blocks = reader.count_to("layers_per_block", Some(2), MAX_BLOCKS);
     let attn_heads = match (reader.config.get("attention_head_dim"), reader.get("attention_head_dim")) {
         (Some(Value::Null), _) => Some(AttnHeads::NumHeads(1)),
         _ => reader.count("attention_head_dim", Some(8)).map(AttnHeads::HeadChannels),
@@ -210,7 +218,10 @@ fn read_network(reader: &mut Reader<'_>) -> Option<OpenaiUnetSpec> {
             reader.bad::<()>("attn_norm_num_groups", groups, expected);
         }
     }
-    let dropout = reader.get("dropout").as_f64().unwrap_or(0.0);
+    let dropout = match reader.get("dropout") {
+        Value::Null => Some(0.0),
+        value => value.as_f64().or_else(|| reader.bad("dropout", value, "a number")),
+    };
     let (attn_levels, resblock_updown) = levels(reader, widths.as_ref().map_or(0, Vec::len))?;
     let (widths, image_size) = (widths?, image_size?);
     let model_channels = widths[0];
@@ -227,7 +238,7 @@ fn read_network(reader: &mut Reader<'_>) -> Option<OpenaiUnetSpec> {
         num_blocks: num_blocks?,
         attn_resolutions: attn_levels.iter().map(|level| image_size >> level).collect(),
         attn_heads: attn_heads?,
-        dropout,
+        dropout: dropout?,
         scale_shift_norm: scale_shift == "scale_shift",
         resblock_updown,
     })

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use cm_model::short;
 use tch::Kind;
 
 use super::Result;
@@ -138,11 +139,12 @@ impl Heap {
         }
         let key = self.text(key).ok_or("a storage whose key is not a text")?.to_owned();
         let numel = integer(numel, "a storage's length")?;
-        let numel = u64::try_from(numel).map_err(|_| format!("storage '{key}' has length {numel}"))?;
+        let numel =
+            u64::try_from(numel).map_err(|_| format!("storage '{}' has length {numel}", short(&key)))?;
         let storage = Storage { key: key.clone(), kind, numel };
         match self.by_key.get(&key) {
             Some(&id) if self.storages[id] == storage => Ok(id),
-            Some(_) => Err(format!("storage '{key}' is there with two lengths or dtypes")),
+            Some(_) => Err(format!("storage '{}' is there with two lengths or dtypes", short(&key))),
             None => {
                 self.storages.push(storage);
                 self.by_key.insert(key, self.storages.len() - 1);
@@ -179,7 +181,8 @@ impl TensorRef {
         let problem = || {
             let Storage { key, numel, .. } = storage;
             format!(
-                "a tensor of shape {size:?}, strides {stride:?} and offset {offset} does not fit storage '{key}' of {numel}"
+                "a tensor of shape {size:?}, strides {stride:?} and offset {offset} does not fit storage '{}' of {numel}",
+                short(key)
             )
         };
         let nonnegative = |values: &[i64]| values.iter().all(|v| *v >= 0);
@@ -228,7 +231,6 @@ pub(super) fn callable(module: &str, name: &str) -> Result<Callable> {
 }
 
 pub(super) fn refusal(module: &str, name: &str) -> String {
-    let short = |text: &str| text.escape_debug().take(80).collect::<String>();
     let advice = match module.split('.').next() {
         Some("torch_utils" | "dnnlib") => "scripts/convert_edm.py converts EDM's and ECT's .pkl",
         _ => "save the state dict alone (torch.save(model.state_dict(), …))",

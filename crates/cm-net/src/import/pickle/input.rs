@@ -5,7 +5,7 @@ use std::io::{BufRead, Read};
 use super::Result;
 
 /// Longest pickle that is read: state dicts have about 150 bytes a tensor.
-const MAX_BYTES: u64 = 64 << 20;
+pub(in crate::import) const MAX_BYTES: u64 = 64 << 20;
 
 /// Bytes that a pickle is read from, with what is left of them.
 pub(in crate::import) struct Input<R> {
