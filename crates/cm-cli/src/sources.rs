@@ -43,6 +43,12 @@ impl ModelSource {
     /// Reads the file, its weights included.
     pub fn read(&self) -> Result<ModelFile> {
         let kind = self.kind.as_deref().map(str::parse::<Kind>).transpose()?;
+        if self.path.is_dir() && !import::is_diffusers_folder(&self.path) {
+            bail!(
+                "{}: a folder; name the file in it, such as checkpoints/step-00001000/ema-0.9999.safetensors",
+                self.path.display()
+            );
+        }
         Ok(import::load_any(&self.path, kind)?)
     }
 }
