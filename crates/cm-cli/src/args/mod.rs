@@ -10,7 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use cm_torch::device::DeviceSpec;
 
 pub use demo::{Bar, DEMO_EXAMPLES, DemoArgs, DemoData, DemoRecipe};
-pub use model::{ExportForm, LPIPS_KINDS, ModelCommand};
+pub use model::{ExportForm, LPIPS_KINDS, ModelCommand, StoredDtype};
 
 /// Consistency models: train them, sample them in one step, look inside.
 #[derive(Debug, Parser)]
