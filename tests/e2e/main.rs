@@ -6,5 +6,6 @@ mod inform;
 mod lpips;
 mod model;
 mod sample;
+mod solvers;
 mod train;
 mod wrong;

@@ -43,6 +43,38 @@ pub enum Error {
         "a consistency function can only jump, and the plan has steps of an ODE solver, which need a denoiser"
     )]
     Plan,
+    /// Steps of an ODE solver with a consistency function.
+    #[error(
+        "the model is a consistency function, and this sampler is an ODE solver, which needs a denoiser; sample in \
+         one step or in several (multistep)"
+    )]
+    NeedsDenoiser,
+    /// Jumps with a denoiser.
+    #[error(
+        "the model is a denoiser, and this sampler needs a consistency function; sample with an ODE solver such as \
+         Heun's"
+    )]
+    NeedsConsistency,
+    /// Guidance that has no meaning.
+    #[error(
+        "guidance {weight}: expected a finite number; 1 is the model as it is, more follows the class more closely"
+    )]
+    Guidance {
+        /// The weight w.
+        weight: f64,
+    },
+    /// A model without classes was to be guided towards one.
+    #[error("guidance steers towards a class, and the model has no classes")]
+    GuidanceWithoutClasses,
+    /// One of several requests cannot be met.
+    #[error("job {index}: {source}")]
+    Job {
+        /// Its position in the list.
+        index: usize,
+        /// What is wrong with it.
+        #[source]
+        source: Box<Error>,
+    },
     /// Time points or noise levels that no sampler can walk along.
     #[error(transparent)]
     Schedule(#[from] cm_schedule::Error),

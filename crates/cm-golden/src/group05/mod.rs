@@ -1,5 +1,7 @@
 //! Group 05: samplers.
 
+pub mod ablation;
+
 use cm_model::{ImageShape, NoiseSource, Site};
 use cm_sampler::{Hooks, Method, Precision, Request, Solver, sample};
 use cm_schedule::solver::{Churn, Plan, Renoise};
