@@ -43,6 +43,14 @@ pub enum Error {
         "a consistency function can only jump, and the plan has steps of an ODE solver, which need a denoiser"
     )]
     Plan,
+    /// Measurements of one edit that no picture has together.
+    #[error(
+        "the measurements contradict each other: after imposing them in turn they are still {gap:.1e} apart, and no picture has all that they know; measure them on one picture"
+    )]
+    Contradiction {
+        /// How far apart, in units of the largest value.
+        gap: f64,
+    },
     /// Time points or noise levels that no sampler can walk along.
     #[error(transparent)]
     Schedule(#[from] cm_schedule::Error),

@@ -20,6 +20,7 @@
 //! networks, and `load`, which makes a denoiser or a consistency function of a model file.
 #![deny(missing_docs)]
 
+pub mod edit;
 mod error;
 mod method;
 mod request;
@@ -31,6 +32,7 @@ pub use cm_net::{self as nets, load};
 pub use cm_schedule as schedule;
 pub use tch;
 
+pub use edit::edit;
 pub use error::{Error, Result};
 pub use method::{Method, Solver, Times};
 pub use request::{Hooks, Precision, Progress, Request};

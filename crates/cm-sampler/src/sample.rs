@@ -110,7 +110,7 @@ fn batch(
     let mut evaluation = 0;
     let mut model = |x: &Tensor, sigma: f64| -> Result<Tensor> {
         let x = x.to_kind(request.precision.model_kind());
-        let estimate = clipped(method.evaluate(&x, sigma, &cond)?.to_kind(Kind::Double), request);
+        let estimate = clipped(method.evaluate(&x, sigma, &cond)?.to_kind(Kind::Double), request.clip);
         if let Some(on_evaluation) = on_evaluation {
             let (total, evaluations) = (request.seeds.len(), method.num_evaluations());
             let estimate = &estimate;
@@ -129,15 +129,15 @@ fn batch(
     let start = draw(0)? * method.start();
     let end = execute(&Tensors, method.plan(), start, &mut model, |step| draw(step + 1))?;
     // The last draw of noise, or the last step of a solver, may leave the range that the estimates are in.
-    Ok(clipped(end, request).to_kind(request.precision.model_kind()))
+    Ok(clipped(end, request.clip).to_kind(request.precision.model_kind()))
 }
 
-fn clipped(images: Tensor, request: &Request<'_>) -> Tensor {
-    if request.clip { images.clamp(-1.0, 1.0) } else { images }
+pub(crate) fn clipped(images: Tensor, clip: bool) -> Tensor {
+    if clip { images.clamp(-1.0, 1.0) } else { images }
 }
 
 /// Batches of images as vectors.
-struct Tensors;
+pub(crate) struct Tensors;
 
 impl VectorSpace for Tensors {
     type Vector = Tensor;
