@@ -75,6 +75,14 @@ pub enum Error {
         #[source]
         source: Box<Error>,
     },
+    /// Measurements of one edit that no picture has together.
+    #[error(
+        "the measurements contradict each other: after imposing them in turn they are still {gap:.1e} apart, and no picture has all that they know; measure them on one picture"
+    )]
+    Contradiction {
+        /// How far apart, in units of the largest value.
+        gap: f64,
+    },
     /// Time points or noise levels that no sampler can walk along.
     #[error(transparent)]
     Schedule(#[from] cm_schedule::Error),

@@ -25,6 +25,7 @@
 #![deny(missing_docs)]
 
 mod batch;
+pub mod edit;
 mod error;
 mod guided;
 mod method;
@@ -40,6 +41,7 @@ pub use cm_schedule as schedule;
 pub use tch;
 
 pub use batch::{Job, Sampler, SamplerOptions};
+pub use edit::edit;
 pub use error::{Error, Result};
 pub use guided::Guided;
 pub use method::{Method, Solver, Steps, Times};
