@@ -1,4 +1,7 @@
-//! Group 05: samplers.
+//! Group 05: samplers and edits.
+
+pub mod edit;
+pub mod third_party;
 
 use cm_model::{ImageShape, NoiseSource, Site};
 use cm_sampler::{Hooks, Method, Precision, Request, Solver, sample};
