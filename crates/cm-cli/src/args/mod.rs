@@ -1,6 +1,7 @@
 //! What can be typed.
 
 mod demo;
+pub mod edit;
 mod model;
 
 use std::path::PathBuf;
@@ -10,6 +11,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use cm_torch::device::DeviceSpec;
 
 pub use demo::{Bar, DEMO_EXAMPLES, DemoArgs, DemoData, DemoRecipe};
+pub use edit::{EDIT_EXAMPLES, EditCommand};
 pub use model::{ExportForm, LPIPS_KINDS, ModelCommand};
 
 /// Consistency models: train them, sample them in one step, look inside.
@@ -43,6 +45,9 @@ pub enum Command {
     /// Make images with a trained model.
     #[command(after_help = SAMPLE_EXAMPLES)]
     Sample(SampleArgs),
+    /// Edit pictures with a consistency model: fill in, colour, enlarge, draw, denoise, continue, morph.
+    #[command(subcommand, after_help = EDIT_EXAMPLES)]
+    Edit(EditCommand),
     /// Train and sample a small model on bundled data, measure it and draw pictures, in minutes on a CPU.
     #[command(after_help = DEMO_EXAMPLES)]
     Demo(DemoArgs),
