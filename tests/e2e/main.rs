@@ -2,6 +2,7 @@
 
 mod data;
 mod distill;
+mod edit;
 mod inform;
 mod lpips;
 mod model;

@@ -110,10 +110,8 @@ pub const CHECKERS: &[Checker] = &[
 ];
 
 /// Everything that the golden files hold and that is not built yet.
-pub const PENDING: &[Pending] = &[
-    pending(all("06"), 5, "metrics"),
-    pending(all("08"), 5, "Inception features"),
-];
+pub const PENDING: &[Pending] =
+    &[pending(all("06"), 5, "metrics"), pending(all("08"), 5, "Inception features")];
 
 /// What is to be done with a file.
 #[derive(Debug, Clone, Copy)]

@@ -1,6 +1,8 @@
 //! What can be typed.
 
 mod demo;
+pub mod edit;
+mod gallery;
 mod model;
 mod sample;
 
@@ -11,6 +13,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use cm_torch::device::DeviceSpec;
 
 pub use demo::{Bar, DEMO_EXAMPLES, DemoArgs, DemoData, DemoRecipe};
+pub use edit::{EDIT_EXAMPLES, EditCommand};
+pub use gallery::{GALLERY_EXAMPLES, GalleryArgs};
 pub use model::{ExportForm, LPIPS_KINDS, ModelCommand, StoredDtype};
 pub use sample::{SAMPLE_EXAMPLES, SampleArgs, SamplerKind};
 
@@ -45,6 +49,12 @@ pub enum Command {
     /// Make images with a trained model.
     #[command(after_help = SAMPLE_EXAMPLES)]
     Sample(SampleArgs),
+    /// Edit pictures with a consistency model: fill in, colour, enlarge, draw, denoise, continue, morph.
+    #[command(subcommand, after_help = EDIT_EXAMPLES)]
+    Edit(EditCommand),
+    /// Draw what every edit does, with a model of the bundled emoji: the pictures of docs/gallery/.
+    #[command(after_help = GALLERY_EXAMPLES)]
+    Gallery(GalleryArgs),
     /// Train and sample a small model on bundled data, measure it and draw pictures, in minutes on a CPU.
     #[command(after_help = DEMO_EXAMPLES)]
     Demo(DemoArgs),

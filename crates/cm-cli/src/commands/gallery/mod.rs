@@ -9,7 +9,7 @@ use cm_data::{Batch, SourceKind, SourceSpec, Split};
 use cm_model::{ConsistencyFn, ImageShape};
 use cm_net::ModelFile;
 use image::RgbImage;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use super::edit::edits::{Edited, Editor, Known, Small, with_noise};
 use super::session;
@@ -57,10 +57,12 @@ const PICTURES: [(&str, Draw); 8] = [
 pub fn gallery(args: &GalleryArgs) -> Outcome {
     let path = runs::find_model(&args.model, None).or_usage()?;
     let file = ModelFile::read(&path).or_usage()?;
-    let model = file.model(session::device(&args.device).or_usage()?, cm_model::Compute::default()).or_usage()?;
+    let model =
+        file.model(session::device(&args.device).or_usage()?, cm_model::Compute::default()).or_usage()?;
     let name = || format!("{}: edits need a consistency model", path.display());
     let f = model.consistency().with_context(name).or_usage()?;
-    let gallery = Gallery::new(f, file.spec.precond.rho).with_context(|| path.display().to_string()).or_usage()?;
+    let gallery =
+        Gallery::new(f, file.spec.precond.rho).with_context(|| path.display().to_string()).or_usage()?;
     let mut bar = Bar::new("gallery", "pictures", 0, PICTURES.len() as u64);
     for (done, (name, draw)) in (0..).zip(PICTURES) {
         bar.set(done, name.to_owned());
@@ -127,7 +129,11 @@ impl<'a> Gallery<'a> {
     }
 
     /// One sheet for each of the pictures.
-    fn each(&self, indices: &[i64], edit: impl Fn(&Editor<'_>, &Tensor) -> Result<Edited>) -> Result<Vec<Edited>> {
+    fn each(
+        &self,
+        indices: &[i64],
+        edit: impl Fn(&Editor<'_>, &Tensor) -> Result<Edited>,
+    ) -> Result<Vec<Edited>> {
         let editor = self.editor(&SEEDS);
         indices.iter().map(|&index| edit(&editor, &self.picture(index))).collect()
     }
