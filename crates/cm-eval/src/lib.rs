@@ -1,4 +1,8 @@
-//! How good samples are, judged without any downloaded network.
+//! How good samples are.
+//!
+//! The maths of the field's figures on any features: [`frechet_distance`] (FID, sFID).
+//!
+//! And figures without any downloaded network.
 //!
 //! A small [`Classifier`] that is trained on the data set at hand says whether a sample is clearly one of the
 //! classes; distances to training images say whether it lies where real held-out images lie, and whether it is
@@ -9,9 +13,14 @@
 mod baseline;
 mod classifier;
 mod error;
+mod features;
 mod figures;
+mod frechet;
+#[cfg(test)]
+mod testing;
 
 pub use baseline::{gaussian_fit, noise};
 pub use classifier::{Classifier, ClassifierSpec};
 pub use error::{Error, Result};
 pub use figures::{Figures, Yardstick};
+pub use frechet::{Divisor, Moments, MomentsStream, SampleSize, frechet_distance};
