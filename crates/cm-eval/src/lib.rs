@@ -1,6 +1,7 @@
 //! How good samples are.
 //!
-//! The maths of the field's figures on any features: [`frechet_distance`] (FID, sFID).
+//! The maths of the field's figures on any features: [`frechet_distance`] (FID, sFID), [`kid`],
+//! [`inception_score`] and [`precision_recall`].
 //!
 //! And figures without any downloaded network.
 //!
@@ -16,6 +17,9 @@ mod error;
 mod features;
 mod figures;
 mod frechet;
+mod inception_score;
+mod kid;
+mod manifold;
 #[cfg(test)]
 mod testing;
 
@@ -24,3 +28,6 @@ pub use classifier::{Classifier, ClassifierSpec};
 pub use error::{Error, Result};
 pub use figures::{Figures, Yardstick};
 pub use frechet::{Divisor, Moments, MomentsStream, SampleSize, frechet_distance};
+pub use inception_score::{InceptionScore, InceptionScoreStream, inception_score};
+pub use kid::{Kid, Subset, kid, kid_subsets};
+pub use manifold::{PrecisionRecall, precision_recall};
