@@ -2,7 +2,7 @@
 
 use crate::golden::{Golden, Problem, Result, problem};
 use crate::report::Checks;
-use crate::{group01, group02, group03, group04, group05, group07, group09};
+use crate::{group01, group02, group03, group04, group05, group06, group07, group08, group09};
 
 /// The files that an entry is for: by the beginning of their name and, where one letter holds several kinds, by
 /// a metadata value.
@@ -100,9 +100,11 @@ pub const CHECKERS: &[Checker] = &[
     checker(all("05e"), group05::edm_network),
     checker(all("05g"), group05::ect_generator),
     checker(all("05h"), group05::dpmpp_2m),
+    checker(all("06"), group06::check),
     checker(only("07_lpips", "net", group07::PACKAGE_NETS), group07::package),
     checker(only("07_openai_lpips", "net", &["vgg16"]), group07::openai),
     checker(only("07_openai_cd", "kind", &["CD"]), group04::teachers::consistency_distillation),
+    checker(all("08"), group08::check),
     checker(all("09"), group09::check),
 ];
 
@@ -111,8 +113,6 @@ pub const PENDING: &[Pending] = &[
     pending(all("05c"), 4, "editing"),
     pending(only("05d", "fn", &["ablation_sampler"]), 4, "EDM's ablation samplers"),
     pending(all("05f"), 4, "sampling and editing in a third-party form"),
-    pending(all("06"), 5, "metrics"),
-    pending(all("08"), 5, "Inception features"),
 ];
 
 /// What is to be done with a file.
