@@ -3,6 +3,9 @@
 //! The maths of the field's figures on any features: [`frechet_distance`] (FID, sFID), [`kid`],
 //! [`inception_score`] and [`precision_recall`].
 //!
+//! A [`Collector`] streams images through a [`FeatureNet`] and keeps what they need: `cm_net::Inception` with the default
+//! feature `nets`, the [`Classifier`], or any other network.
+//!
 //! And figures without any downloaded network.
 //!
 //! A small [`Classifier`] that is trained on the data set at hand says whether a sample is clearly one of the
@@ -13,6 +16,7 @@
 
 mod baseline;
 mod classifier;
+mod collect;
 mod error;
 mod features;
 mod figures;
@@ -25,6 +29,7 @@ mod testing;
 
 pub use baseline::{gaussian_fit, noise};
 pub use classifier::{Classifier, ClassifierSpec};
+pub use collect::{Collector, FeatureNet, Measured, Parts, Seen};
 pub use error::{Error, Result};
 pub use figures::{Figures, Yardstick};
 pub use frechet::{Divisor, Moments, MomentsStream, SampleSize, frechet_distance};
