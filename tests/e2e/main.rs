@@ -2,6 +2,7 @@
 
 mod data;
 mod distill;
+mod eval;
 mod inform;
 mod lpips;
 mod model;

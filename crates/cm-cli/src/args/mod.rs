@@ -1,6 +1,7 @@
 //! What can be typed.
 
 mod demo;
+mod eval;
 mod model;
 
 use std::path::PathBuf;
@@ -10,6 +11,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use cm_torch::device::DeviceSpec;
 
 pub use demo::{Bar, DEMO_EXAMPLES, DemoArgs, DemoData, DemoRecipe};
+pub use eval::{EVAL_EXAMPLES, EvalArgs, Metric};
 pub use model::{ExportForm, LPIPS_KINDS, ModelCommand};
 
 /// Consistency models: train them, sample them in one step, look inside.
@@ -43,6 +45,9 @@ pub enum Command {
     /// Make images with a trained model.
     #[command(after_help = SAMPLE_EXAMPLES)]
     Sample(SampleArgs),
+    /// Say how good images or a model's images are: FID, KID, Inception score, precision and recall.
+    #[command(after_help = EVAL_EXAMPLES)]
+    Eval(Box<EvalArgs>),
     /// Train and sample a small model on bundled data, measure it and draw pictures, in minutes on a CPU.
     #[command(after_help = DEMO_EXAMPLES)]
     Demo(DemoArgs),
@@ -293,6 +298,14 @@ pub enum FetchCommand {
         net: LpipsChoice,
         /// Folder for the files. What lies there already is not fetched again.
         #[arg(long, value_name = "DIR", default_value = "data/lpips")]
+        out: PathBuf,
+    },
+    /// Download the weights of Inception that FID is measured with (96 MB), and make the file of them that `cm eval`
+    /// reads; a torn download goes on where it stood.
+    #[command(after_help = "Example:\n  cm fetch inception")]
+    Inception {
+        /// Folder for the file. What lies there already is not fetched again.
+        #[arg(long, value_name = "DIR", default_value = "data/inception")]
         out: PathBuf,
     },
 }

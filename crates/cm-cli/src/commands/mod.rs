@@ -5,6 +5,7 @@ pub mod data;
 pub mod distill;
 pub mod doctor;
 pub mod dry_run;
+pub mod eval;
 pub mod fetch;
 pub mod model;
 pub mod preset;

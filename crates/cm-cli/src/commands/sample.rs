@@ -37,6 +37,39 @@ pub fn sample(args: &SampleArgs) -> Outcome {
     Ok(())
 }
 
+/// The shape of the images that a model makes.
+pub fn shape(args: &SampleArgs) -> Result<[i64; 3]> {
+    let path = runs::find_model(&args.model, args.ema.as_deref())?;
+    let shape = cm_net::inspect(&path)?.spec.net.image_shape();
+    Ok([shape.channels, shape.height, shape.width])
+}
+
+/// Draws the images of `args` and hands each batch on, without writing anything.
+pub fn each_batch(args: &SampleArgs, sink: &mut dyn FnMut(&tch::Tensor) -> Result<()>) -> Result<()> {
+    let path = runs::find_model(&args.model, args.ema.as_deref())?;
+    // What `auto` chooses has been said.
+    let device = cm_torch::device::resolve_with_note(&args.device)?.device;
+    let file = ModelFile::read(&path)?;
+    let model = file.model(device, cm_model::Compute::default())?;
+    let labels = labels(args, file.spec.net.num_classes())?;
+    let method = method(args, &model, &file.spec).with_context(|| path.display().to_string())?;
+    let seeds = &args.seeds.0;
+    let request =
+        Request { labels: labels.as_deref(), batch: args.batch, clip: !args.no_clip, ..Request::new(seeds) };
+    let mut failed = None;
+    let drawn = sample_batches(&method, &request, Hooks::default(), &mut |_, images| {
+        sink(&images).map_err(|error| {
+            failed = Some(error);
+            // Any error ends the drawing; the one above is what is told.
+            cm_sampler::Error::EmptyBatch
+        })
+    });
+    match failed {
+        Some(error) => Err(error),
+        None => Ok(drawn?),
+    }
+}
+
 /// The sampler that was asked for, or the usual one for the kind of model.
 fn method<'a>(args: &SampleArgs, model: &'a Model, spec: &ModelSpec) -> Result<Method<'a>> {
     let distilled_to = spec.about.get(STUDENT_STEPS).and_then(|steps| steps.parse::<usize>().ok());
