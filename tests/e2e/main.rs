@@ -3,6 +3,7 @@
 mod data;
 mod distill;
 mod edit;
+mod eval;
 mod inform;
 mod lpips;
 mod model;

@@ -45,6 +45,7 @@ fn run(command: &Command) -> exit::Outcome {
         Command::Sample(args) => commands::sample::sample(args),
         Command::Edit(command) => commands::edit::edit(command),
         Command::Gallery(args) => commands::gallery::gallery(args),
+        Command::Eval(args) => commands::eval::eval(args),
         Command::Demo(args) => demo::demo(args),
         Command::Data(command) => commands::data::data(command),
         Command::Fetch(command) => commands::fetch::fetch(command),

@@ -6,6 +6,7 @@ pub mod distill;
 pub mod doctor;
 pub mod dry_run;
 pub mod edit;
+pub mod eval;
 pub mod fetch;
 pub mod gallery;
 pub mod model;
