@@ -70,10 +70,6 @@ const fn checker(kind: Kind, check: Check) -> Checker {
     Checker { kind, check }
 }
 
-const fn pending(kind: Kind, issue: u32, what: &'static str) -> Pending {
-    Pending { kind, issue, what }
-}
-
 /// Everything that is built.
 pub const CHECKERS: &[Checker] = &[
     checker(only("01", "precond", group01::PRECONDS), group01::network),
