@@ -59,7 +59,7 @@ pub struct Moments {
 ///
 /// ```
 /// use cm_eval::{Divisor, MomentsStream, frechet_distance};
-/// use tch::{Device, Kind, Tensor};
+/// use tch::Tensor;
 /// let features = Tensor::from_slice(&[0.0, 1.0, 2.0, 5.0, 3.0, 1.0]).view([3, 2]);
 /// let mut stream = MomentsStream::default();
 /// for row in 0..3 {
