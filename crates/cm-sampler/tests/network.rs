@@ -29,7 +29,7 @@ fn spec() -> NetSpec {
 }
 
 /// A network whose residual branches are not near zero, as those of a fresh one are.
-fn network() -> Box<dyn cm_sampler::model::Backbone> {
+fn network() -> Box<dyn cm_sampler::model::Backbone + Send> {
     let net = build(&spec(), 1, Device::Cpu).unwrap();
     let _no_grad = tch::no_grad_guard();
     tch::manual_seed(2);
