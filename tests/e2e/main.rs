@@ -6,5 +6,6 @@ mod inform;
 mod lpips;
 mod model;
 mod sample;
+mod search;
 mod train;
 mod wrong;

@@ -2,6 +2,7 @@
 
 mod demo;
 mod model;
+mod search;
 
 use std::path::PathBuf;
 
@@ -11,6 +12,7 @@ use cm_torch::device::DeviceSpec;
 
 pub use demo::{Bar, DEMO_EXAMPLES, DemoArgs, DemoData, DemoRecipe};
 pub use model::{ExportForm, LPIPS_KINDS, ModelCommand};
+pub use search::{SEARCH_EXAMPLES, ScoreKind, SearchArgs};
 
 /// Consistency models: train them, sample them in one step, look inside.
 #[derive(Debug, Parser)]
@@ -43,6 +45,9 @@ pub enum Command {
     /// Make images with a trained model.
     #[command(after_help = SAMPLE_EXAMPLES)]
     Sample(SampleArgs),
+    /// Find the time points at which several steps of a consistency model are best.
+    #[command(name = "search-ts", after_help = SEARCH_EXAMPLES)]
+    SearchTs(SearchArgs),
     /// Train and sample a small model on bundled data, measure it and draw pictures, in minutes on a CPU.
     #[command(after_help = DEMO_EXAMPLES)]
     Demo(DemoArgs),

@@ -9,5 +9,6 @@ pub mod fetch;
 pub mod model;
 pub mod preset;
 pub mod sample;
+pub mod search_ts;
 pub mod session;
 pub mod train;
