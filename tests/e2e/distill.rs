@@ -5,7 +5,7 @@ use cm_tests::{Cm, Sandbox, assert_same_checkpoint, largest_difference};
 use crate::model::{TINY, fixture};
 
 /// EDM's diffusion training (Karras et al. 2022) in place of the CT of `tiny.toml`.
-const EDM: &[&str] = &[
+pub const EDM: &[&str] = &[
     "train.pairs={kind='denoise', sigma={mean=-1.2, std=1.2}}",
     "train.target={kind='image'}",
     "train.metric=squared_norm",

@@ -7,5 +7,6 @@ mod lpips;
 mod model;
 mod sample;
 mod search;
+mod solvers;
 mod train;
 mod wrong;

@@ -16,11 +16,12 @@ fn trained(sets: &[&str]) -> Sandbox {
 }
 
 /// Samples into `out` and returns the values of the npz, one list for each image.
-fn sample(sandbox: &Sandbox, line: &str, out: &str) -> Vec<Vec<u8>> {
+pub fn sample(sandbox: &Sandbox, line: &str, out: &str) -> Vec<Vec<u8>> {
     sample_done(sandbox, line, out).1
 }
 
-fn sample_done(sandbox: &Sandbox, line: &str, out: &str) -> (Done, Vec<Vec<u8>>) {
+/// [`sample`], with what the command said.
+pub fn sample_done(sandbox: &Sandbox, line: &str, out: &str) -> (Done, Vec<Vec<u8>>) {
     let done = sandbox.cm(&format!("sample {line} --device cpu --out {out}")).run().ok();
     let (_, images) = archive(&sandbox.path(out));
     (done, images)

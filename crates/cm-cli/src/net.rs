@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use cm_model::{Backbone, Cond, ImageShape, Mode, Params, Preconditioned, Sigma};
-use cm_sampler::{Hooks, Method, Request, Solver, sample};
+use cm_sampler::{Hooks, Method, ModelRef, Request, Solver, Steps, sample};
 use cm_schedule::solver::Churn;
 use cm_schedule::{Boundary, Edm, KarrasGrid};
 use cm_train::Trainable;
@@ -57,7 +57,9 @@ impl Net {
             Self::Denoiser(d) => {
                 let grid = KarrasGrid::new(d.sigma_range, rho)?;
                 match student_steps {
-                    Some(steps) if steps <= MOST_STUDENT_STEPS => student_method(d, &grid, steps)?,
+                    Some(steps) if steps <= MOST_STUDENT_STEPS => {
+                        Method::new(ModelRef::Denoiser(d), &steps_of_student(&grid, steps))?
+                    }
                     _ => {
                         let heun = Solver::Heun { churn: Churn::NONE };
                         Method::solver(d, heun, &grid.with_zero(HEUN_LEVELS))?
@@ -70,12 +72,8 @@ impl Net {
 }
 
 /// The sampler of a student that was progressively distilled to so many steps: Euler steps along its own grid.
-pub fn student_method<'a>(
-    denoiser: &'a dyn cm_model::Denoiser,
-    grid: &KarrasGrid,
-    steps: usize,
-) -> cm_sampler::Result<Method<'a>> {
-    Method::solver(denoiser, Solver::Euler, &grid.descending(steps + 1))
+pub fn steps_of_student(grid: &KarrasGrid, steps: usize) -> Steps {
+    Steps::Solver { solver: Solver::Euler, levels: grid.descending(steps + 1) }
 }
 
 impl Trainable for Net {

@@ -15,10 +15,10 @@ fn read(name: &str) -> Experiment {
     Experiment::read(&Source::find(name).unwrap(), &[]).unwrap()
 }
 
-/// The presets of published runs: all but those on the bundled sets.
+/// The presets of published runs: all but those of the demo.
 fn published() -> impl Iterator<Item = (&'static str, Experiment)> {
-    let bundled = |name: &str| name.starts_with("digits-") || name.starts_with("emoji-");
-    let names = PRESETS.iter().map(|(name, _)| *name).filter(move |name| !bundled(name));
+    let of_the_demo = |name: &str| ["digits-", "emoji-", "fashion-"].iter().any(|set| name.starts_with(set));
+    let names = PRESETS.iter().map(|(name, _)| *name).filter(move |name| !of_the_demo(name));
     names.map(|name| (name, read(name)))
 }
 

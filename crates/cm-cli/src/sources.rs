@@ -27,17 +27,28 @@ pub struct ModelSource {
 }
 
 impl ModelSource {
-    /// The model that `path` means: a file, a folder of diffusers, or the newest checkpoint of a run.
+    /// The model that `path` means: a file, a folder of diffusers, or the newest checkpoint of a run and in it the
+    /// average that `ema` names.
+    pub fn find(path: &Path, kind: Option<&str>, ema: Option<&str>) -> Result<Self> {
+        let path = match (import::is_diffusers_folder(path), ema) {
+            (true, None) => path.to_owned(),
+            (true, Some(rate)) => bail!(
+                "{}: --ema {rate} chooses inside a run or checkpoint folder; this is one of diffusers",
+                path.display()
+            ),
+            (false, _) => runs::find_model(path, ema)?,
+        };
+        Ok(Self { path, kind: kind.map(str::to_owned) })
+    }
+
+    /// [`find`](Self::find), to be written into an experiment.
     ///
     /// What is kept is the file, since a run may get newer checkpoints, and its absolute path, since what starts from it
     /// may be resumed from another folder.
     pub fn at(path: &Path, kind: Option<&str>) -> Result<Self> {
-        let path = match import::is_diffusers_folder(path) {
-            true => path.to_owned(),
-            false => runs::find_model(path, None)?,
-        };
-        let path = std::path::absolute(&path).with_context(|| path.display().to_string())?;
-        Ok(Self { path, kind: kind.map(str::to_owned) })
+        let found = Self::find(path, kind, None)?;
+        let path = std::path::absolute(&found.path).with_context(|| found.path.display().to_string())?;
+        Ok(Self { path, ..found })
     }
 
     /// Reads the file, its weights included.

@@ -96,8 +96,11 @@ pub const CHECKERS: &[Checker] = &[
     checker(all("04e"), group04::optimisers),
     checker(only("05a", "sampler", group05::OPENAI_SAMPLERS), group05::openai),
     checker(only("05b", "sampler", group05::OPENAI_SAMPLERS), group05::openai_network),
+    checker(only("05c", "kind", group05::edit::KINDS), group05::edit::openai),
     checker(only("05d", "fn", &["edm_sampler"]), group05::edm),
+    checker(only("05d", "fn", &["ablation_sampler"]), group05::ablation::check),
     checker(all("05e"), group05::edm_network),
+    checker(all("05f"), group05::third_party::check),
     checker(all("05g"), group05::ect_generator),
     checker(all("05h"), group05::dpmpp_2m),
     checker(only("07_lpips", "net", group07::PACKAGE_NETS), group07::package),
@@ -107,13 +110,8 @@ pub const CHECKERS: &[Checker] = &[
 ];
 
 /// Everything that the golden files hold and that is not built yet.
-pub const PENDING: &[Pending] = &[
-    pending(all("05c"), 4, "editing"),
-    pending(only("05d", "fn", &["ablation_sampler"]), 4, "EDM's ablation samplers"),
-    pending(all("05f"), 4, "sampling and editing in a third-party form"),
-    pending(all("06"), 5, "metrics"),
-    pending(all("08"), 5, "Inception features"),
-];
+pub const PENDING: &[Pending] =
+    &[pending(all("06"), 5, "metrics"), pending(all("08"), 5, "Inception features")];
 
 /// What is to be done with a file.
 #[derive(Debug, Clone, Copy)]

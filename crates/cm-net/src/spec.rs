@@ -251,6 +251,17 @@ impl NetSpec {
         }
     }
 
+    /// Probability with which training hides the class, so that the network learns the answer without one; 0 for a
+    /// network that always sees it.
+    #[must_use]
+    pub fn label_dropout(&self) -> f64 {
+        match self {
+            NetSpec::SongUnet(spec) => spec.label_dropout,
+            NetSpec::DhariwalUnet(spec) => spec.label_dropout,
+            NetSpec::OpenaiUnet(_) => 0.0,
+        }
+    }
+
     /// Number of augmentation parameters that the network is told; 0 for a network that takes none.
     #[must_use]
     pub fn augment_dim(&self) -> i64 {

@@ -7,12 +7,16 @@
 //! MODEL is a model in any form that says what it is: what `cargo xtask demo` trains, or a folder of diffusers.
 #![allow(clippy::print_stdout, clippy::print_stderr)] // a program's output
 
+#[path = "shared/picture.rs"]
+mod picture;
+
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use cm_sampler::tch::{Device, Kind, Tensor};
+use cm_sampler::tch::Device;
 use cm_sampler::{Request, load, one_step};
+use picture::{save, sheet};
 
 fn main() -> ExitCode {
     let mut args = std::env::args_os().skip(1).map(PathBuf::from);
@@ -46,20 +50,4 @@ fn run(model: &Path, out: &Path) -> Result<(), Box<dyn Error>> {
     save(&sheet(&images, 4), out)?;
     println!("{} images of {} in {}", seeds.len(), f.shape(), out.display());
     Ok(())
-}
-
-/// Images `[N, C, H, W]` in rows of `columns`, as `[C, H', W']`.
-fn sheet(images: &Tensor, columns: i64) -> Tensor {
-    let rows: Vec<Tensor> =
-        images.split(columns, 0).iter().map(|row| Tensor::cat(&row.unbind(0), 2)).collect();
-    Tensor::cat(&rows, 1)
-}
-
-/// Writes `[C, H, W]` in [-1, 1] as a PNG.
-fn save(image: &Tensor, path: &Path) -> Result<(), Box<dyn Error>> {
-    let rgb = image.expand([3, image.size()[1], image.size()[2]], false).permute([1, 2, 0]);
-    let bytes = ((rgb + 1.0) * 127.5).clamp(0.0, 255.0).round().to_kind(Kind::Uint8).contiguous();
-    let (height, width) = (bytes.size()[0] as u32, bytes.size()[1] as u32);
-    let bytes = Vec::<u8>::try_from(bytes.view([-1]))?;
-    Ok(image::RgbImage::from_raw(width, height, bytes).ok_or("an image without pixels")?.save(path)?)
 }

@@ -54,6 +54,46 @@ pub enum Error {
         "a consistency function can only jump, and the plan has steps of an ODE solver, which need a denoiser"
     )]
     Plan,
+    /// Steps of an ODE solver with a consistency function.
+    #[error(
+        "the model is a consistency function, and this sampler is an ODE solver, which needs a denoiser; sample in \
+         one step or in several (multistep)"
+    )]
+    NeedsDenoiser,
+    /// Jumps with a denoiser.
+    #[error(
+        "the model is a denoiser, and this sampler needs a consistency function; sample with an ODE solver such as \
+         Heun's"
+    )]
+    NeedsConsistency,
+    /// Guidance that has no meaning.
+    #[error(
+        "guidance {weight}: expected a finite number; 1 is the model as it is, more follows the class more closely"
+    )]
+    Guidance {
+        /// The weight w.
+        weight: f64,
+    },
+    /// A model without classes was to be guided towards one.
+    #[error("guidance steers towards a class, and the model has no classes")]
+    GuidanceWithoutClasses,
+    /// One of several requests cannot be met.
+    #[error("job {index}: {source}")]
+    Job {
+        /// Its position in the list.
+        index: usize,
+        /// What is wrong with it.
+        #[source]
+        source: Box<Error>,
+    },
+    /// Measurements of one edit that no picture has together.
+    #[error(
+        "the measurements contradict each other: after imposing them in turn they are still {gap:.1e} apart, and no picture has all that they know; measure them on one picture"
+    )]
+    Contradiction {
+        /// How far apart, in units of the largest value.
+        gap: f64,
+    },
     /// Time points or noise levels that no sampler can walk along.
     #[error(transparent)]
     Schedule(#[from] cm_schedule::Error),
@@ -79,8 +119,7 @@ pub enum Error {
     /// The model or the noise source refused.
     #[error(transparent)]
     Model(#[from] cm_model::Error),
-    /// A file holds no model that can be used, or one of the other kind
-    /// ([`WrongRole`](cm_net::Error::WrongRole)).
+    /// A file holds no model that can be used, or its weights do not say enough.
     #[cfg(feature = "nets")]
     #[error(transparent)]
     Nets(cm_net::Error),
@@ -91,6 +130,8 @@ impl From<cm_net::Error> for Error {
     fn from(error: cm_net::Error) -> Self {
         match error {
             cm_net::Error::Model(error) => Error::Model(error),
+            cm_net::Error::WrongRole { wanted: cm_net::Role::Denoiser, .. } => Error::NeedsDenoiser,
+            cm_net::Error::WrongRole { wanted: cm_net::Role::Consistency, .. } => Error::NeedsConsistency,
             error => Error::Nets(error),
         }
     }

@@ -1,4 +1,4 @@
-//! Sampling of consistency models.
+//! Sampling of consistency models, and of the denoisers that they are distilled from.
 //!
 //! ```
 //! use cm_sampler::{Request, Times, model::{GaussianOracle, ImageShape}, multistep, one_step, schedule::SigmaRange};
@@ -10,6 +10,10 @@
 //! assert_eq!(quick.size(), better.size());
 //! # Ok::<(), cm_sampler::Error>(())
 //! ```
+//!
+//! [`Method`] is a model with the steps in which it is used: jumps of a consistency function, or an ODE solver for a
+//! denoiser. [`sample`] makes images by it, [`Method::stream`] shows them in the making, [`Sampler`] makes those of many
+//! requests in one batch, and [`Guided`] is a denoiser that follows its class more closely.
 //!
 //! The noise of an image is a function of its seed, the same to the last bit at any batch size; the image itself
 //! is the same up to the rounding that libtorch's kernels do at different batch sizes (a relative 1e-5 in
@@ -23,13 +27,18 @@
 //! are. A service loads one for each worker, or gives one to a thread that takes requests from a channel.
 #![deny(missing_docs)]
 
+mod batch;
+pub mod edit;
 mod error;
+mod guided;
 #[cfg(feature = "nets")]
 mod load;
 mod method;
+mod model_ref;
 mod request;
 mod sample;
 pub mod search;
+mod stream;
 
 pub use cm_model as model;
 #[cfg(feature = "nets")]
@@ -37,9 +46,14 @@ pub use cm_net::{self as nets, Model, Role, import::Kind};
 pub use cm_schedule as schedule;
 pub use tch;
 
+pub use batch::{Job, Sampler, SamplerOptions};
+pub use edit::edit;
 pub use error::{Error, Result};
+pub use guided::Guided;
 #[cfg(feature = "nets")]
 pub use load::{load, load_as};
-pub use method::{Method, Solver, Times};
+pub use method::{Method, Solver, Steps, Times};
+pub use model_ref::ModelRef;
 pub use request::{Hooks, Precision, Progress, Request};
 pub use sample::{multistep, one_step, sample, sample_batches};
+pub use stream::{Evaluation, Stream};

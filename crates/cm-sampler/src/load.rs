@@ -9,10 +9,10 @@ use crate::{Kind, Result};
 /// Opens a model in any published form: a file of this project, a folder of diffusers, and those networks of EDM's
 /// and OpenAI's that say what they are.
 ///
-/// What it is stands in the variant that comes back. Asked for the other one,
-/// [`Model::consistency`](Model::consistency) and [`Model::denoiser`](Model::denoiser) give one typed error,
-/// [`WrongRole`](crate::nets::Error::WrongRole), that says how such a model is sampled. It computes in float32; for
-/// bfloat16, for channels-last memory and for what the file says about itself there is
+/// What it is stands in the variant that comes back, and [`ModelRef`](crate::ModelRef) takes either. A model of the
+/// other kind than a sampler needs is one typed error, [`Error::NeedsConsistency`](crate::Error::NeedsConsistency) or
+/// [`Error::NeedsDenoiser`](crate::Error::NeedsDenoiser), that says how such a model is sampled. It computes in float32;
+/// for bfloat16, for channels-last memory and for what the file says about itself there is
 /// [`nets::import::load_any`](crate::nets::import::load_any).
 ///
 /// # Errors
@@ -21,7 +21,7 @@ use crate::{Kind, Result};
 ///
 /// ```
 /// use cm_sampler::nets::{ModelSpec, NetSpec, PrecondSpec, Role, SongUnetSpec, build, save_model};
-/// use cm_sampler::{Error, Model, Request, load, nets, one_step, schedule::NoiseCond, tch::Device};
+/// use cm_sampler::{Error, Model, Request, load, one_step, schedule::NoiseCond, tch::Device};
 /// # let folder = tempfile::tempdir()?;
 /// # let path = folder.path().join("model.safetensors");
 /// # let net = NetSpec::SongUnet(SongUnetSpec {
@@ -38,8 +38,8 @@ use crate::{Kind, Result};
 /// assert_eq!(images.size(), [3, 3, 8, 8]);
 /// // It is no denoiser, and says what to do instead.
 /// let error: Error = model.denoiser().map(drop).unwrap_err().into();
-/// assert!(matches!(error, Error::Nets(nets::Error::WrongRole { .. })));
-/// assert!(error.to_string().contains("sample it in one step"));
+/// assert!(matches!(error, Error::NeedsDenoiser));
+/// assert!(error.to_string().contains("sample in one step"));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub fn load(path: impl AsRef<Path>, device: Device) -> Result<Model> {

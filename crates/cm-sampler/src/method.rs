@@ -3,7 +3,7 @@ use cm_schedule::solver::{Churn, Plan, Renoise, Rule};
 use cm_schedule::{KarrasGrid, SigmaRange};
 use tch::{Device, Tensor};
 
-use crate::{Error, Result};
+use crate::{Error, ModelRef, Result};
 
 /// The noise levels at which multistep sampling evaluates the consistency function.
 ///
@@ -89,23 +89,60 @@ impl Solver {
     }
 }
 
+/// A way through the noise levels, for a model that is named elsewhere: what a request to a service says.
+///
+/// ```
+/// use cm_sampler::{Method, ModelRef, Solver, Steps, model::{GaussianOracle, ImageShape}};
+/// use cm_sampler::schedule::{KarrasGrid, SigmaRange, solver::Churn};
+/// let d = GaussianOracle { data_std: 0.5, shape: ImageShape::square(3, 8), sigma_range: SigmaRange::EDM };
+/// let heun = Steps::Solver { solver: Solver::Heun { churn: Churn::NONE }, levels: KarrasGrid::EDM.with_zero(18) };
+/// assert_eq!(Method::new(ModelRef::Denoiser(&d), &heun)?.num_evaluations(), 35);
+/// # Ok::<(), cm_sampler::Error>(())
+/// ```
+#[derive(Debug, Clone, PartialEq)]
+pub enum Steps {
+    /// One jump of a consistency function from σ_max.
+    One,
+    /// Several jumps (Song et al. 2023, Algorithm 1).
+    Multistep(Times),
+    /// Any plan of jumps.
+    Jumps(Plan),
+    /// A solver of the probability-flow ODE for a denoiser.
+    Solver {
+        /// Which one.
+        solver: Solver,
+        /// Falling levels, the last of which may be 0.
+        levels: Vec<f64>,
+    },
+}
+
 /// A way to make images: a model, and the steps in which it is used.
 ///
-/// The constructors take the kind of model that their steps need, so that a consistency function cannot get into
-/// an ODE solver, nor a denoiser into multistep sampling.
+/// Which models go with which steps is a matter of types: a consistency function cannot be put into an ODE solver, nor a
+/// denoiser into multistep sampling. Where the kind of model is not known before a file is open, [`Method::new`] finds
+/// out.
+#[derive(Clone)]
 pub struct Method<'a> {
-    model: Model<'a>,
+    model: ModelRef<'a>,
     start: f64,
     plan: Plan,
 }
 
-#[derive(Clone, Copy)]
-enum Model<'a> {
-    Consistency(&'a dyn ConsistencyFn),
-    Denoiser(&'a dyn Denoiser),
-}
-
 impl<'a> Method<'a> {
+    /// The steps `steps` with a model of either kind.
+    ///
+    /// # Errors
+    /// [`Error::NeedsConsistency`] and [`Error::NeedsDenoiser`] for a model of the other kind; else those of
+    /// [`Method::multistep`], [`Method::jumps`] and [`Method::solver`].
+    pub fn new(model: ModelRef<'a>, steps: &Steps) -> Result<Self> {
+        match steps {
+            Steps::One => Self::one_step(model.consistency()?),
+            Steps::Multistep(times) => Self::multistep(model.consistency()?, times),
+            Steps::Jumps(plan) => Self::jumps(model.consistency()?, plan.clone()),
+            Steps::Solver { solver, levels } => Self::solver(model.denoiser()?, *solver, levels),
+        }
+    }
+
     /// One jump from σ_max.
     ///
     /// # Errors
@@ -136,7 +173,7 @@ impl<'a> Method<'a> {
             return Err(Error::Plan);
         };
         check_levels(&levels, f.sigma_range())?;
-        Ok(Self { model: Model::Consistency(f), start, plan })
+        Ok(Self { model: ModelRef::Consistency(f), start, plan })
     }
 
     /// A solver of the probability-flow ODE along falling levels, the last of which may be 0.
@@ -161,7 +198,7 @@ impl<'a> Method<'a> {
         // A solver may leave the range by itself, by churn or below the last level; what it is given may not.
         let inner = levels.strip_suffix(&[0.0]).unwrap_or(levels);
         check_levels(inner, d.sigma_range())?;
-        Ok(Self { model: Model::Denoiser(d), start: levels[0], plan })
+        Ok(Self { model: ModelRef::Denoiser(d), start: levels[0], plan })
     }
 
     /// The level at which sampling starts, from noise of that standard deviation.
@@ -179,37 +216,29 @@ impl<'a> Method<'a> {
         self.plan.evaluations()
     }
 
+    /// The model.
+    pub fn model(&self) -> ModelRef<'a> {
+        self.model
+    }
+
     /// Shape of the images.
     pub fn shape(&self) -> ImageShape {
-        match self.model {
-            Model::Consistency(f) => f.shape(),
-            Model::Denoiser(d) => d.shape(),
-        }
+        self.model.shape()
     }
 
     /// Number of classes of the model; 0 for an unconditional one.
     pub fn num_classes(&self) -> i64 {
-        match self.model {
-            Model::Consistency(f) => f.num_classes(),
-            Model::Denoiser(d) => d.num_classes(),
-        }
+        self.model.num_classes()
     }
 
     /// The device that the model is on.
     pub fn device(&self) -> Device {
-        match self.model {
-            Model::Consistency(f) => f.device(),
-            Model::Denoiser(d) => d.device(),
-        }
+        self.model.device()
     }
 
     /// One evaluation of the model.
     pub(crate) fn evaluate(&self, x: &Tensor, sigma: f64, cond: &Cond) -> Result<Tensor> {
-        let estimate = match self.model {
-            Model::Consistency(f) => f.jump(x, Sigma::One(sigma), cond),
-            Model::Denoiser(d) => d.denoise(x, Sigma::One(sigma), cond),
-        };
-        Ok(estimate?)
+        self.model.estimate(x, Sigma::One(sigma), cond)
     }
 }
 

@@ -1,11 +1,10 @@
 use std::ops::Range;
 
-use cm_model::{ConsistencyFn, NoiseSource, Philox, Site};
-use cm_schedule::rng::Purpose;
-use cm_schedule::solver::{VectorSpace, execute};
-use tch::{Kind, Tensor};
+use cm_model::ConsistencyFn;
+use cm_schedule::solver::VectorSpace;
+use tch::Tensor;
 
-use crate::{Hooks, Method, Progress, Request, Result, Times};
+use crate::{Evaluation, Hooks, Method, Progress, Request, Result, Stream, Times};
 
 /// One-step samples: `f(σ_max·z, σ_max)` for each seed.
 ///
@@ -71,73 +70,30 @@ pub fn sample(method: &Method<'_>, request: &Request<'_>, hooks: Hooks<'_>) -> R
 pub fn sample_batches(
     method: &Method<'_>,
     request: &Request<'_>,
-    mut hooks: Hooks<'_>,
+    hooks: Hooks<'_>,
     sink: &mut dyn FnMut(Range<usize>, Tensor) -> Result<()>,
 ) -> Result<()> {
-    request.check(method.num_classes())?;
-    let _no_grad = tch::no_grad_guard();
-    let total = request.seeds.len();
-    let mut of_the_seeds = Philox { seed: 0, device: method.device() };
-    for start in (0..total).step_by(request.batch) {
-        let images = start..total.min(start + request.batch);
-        let noise: &mut dyn NoiseSource = match hooks.noise.as_deref_mut() {
-            Some(noise) => noise,
-            None => &mut of_the_seeds,
-        };
-        let result = batch(method, request, images.clone(), noise, &mut hooks.on_evaluation)?;
-        sink(images, result)?;
+    let Hooks { noise, mut on_evaluation } = hooks;
+    for evaluation in Stream::new(method, request, noise)? {
+        let Evaluation { images, total, evaluation, evaluations, sigma, estimate, finished, .. } =
+            evaluation?;
+        if let Some(look) = &mut on_evaluation {
+            let images = images.clone();
+            look(&Progress { images, total, evaluation, evaluations, sigma, estimate: &estimate });
+        }
+        if let Some(finished) = finished {
+            sink(images, finished)?;
+        }
     }
     Ok(())
 }
 
-type Callback<'a, 'h> = &'a mut Option<&'h mut dyn FnMut(&Progress<'_>)>;
-
-/// The images at the positions `images` of the request.
-fn batch(
-    method: &Method<'_>,
-    request: &Request<'_>,
-    images: Range<usize>,
-    noise: &mut dyn NoiseSource,
-    on_evaluation: Callback<'_, '_>,
-) -> Result<Tensor> {
-    let cond = request.cond(images.clone(), method.num_classes(), method.device())?;
-    let samples = &request.seeds[images.clone()];
-    // Draw 0 is the start, draw k + 1 belongs to step k of the plan.
-    let mut draw = |index: usize| -> Result<Tensor> {
-        let site = Site { samples, step: index as u32, purpose: Purpose::Sample };
-        Ok(noise.normal(method.shape(), &site)?.to_kind(Kind::Double))
-    };
-    let mut evaluation = 0;
-    let mut model = |x: &Tensor, sigma: f64| -> Result<Tensor> {
-        let x = x.to_kind(request.precision.model_kind());
-        let estimate = clipped(method.evaluate(&x, sigma, &cond)?.to_kind(Kind::Double), request);
-        if let Some(on_evaluation) = on_evaluation {
-            let (total, evaluations) = (request.seeds.len(), method.num_evaluations());
-            let estimate = &estimate;
-            on_evaluation(&Progress {
-                images: images.clone(),
-                total,
-                evaluation,
-                evaluations,
-                sigma,
-                estimate,
-            });
-        }
-        evaluation += 1;
-        Ok(estimate)
-    };
-    let start = draw(0)? * method.start();
-    let end = execute(&Tensors, method.plan(), start, &mut model, |step| draw(step + 1))?;
-    // The last draw of noise, or the last step of a solver, may leave the range that the estimates are in.
-    Ok(clipped(end, request).to_kind(request.precision.model_kind()))
-}
-
-fn clipped(images: Tensor, request: &Request<'_>) -> Tensor {
-    if request.clip { images.clamp(-1.0, 1.0) } else { images }
+pub(crate) fn clipped(images: Tensor, clip: bool) -> Tensor {
+    if clip { images.clamp(-1.0, 1.0) } else { images }
 }
 
 /// Batches of images as vectors.
-struct Tensors;
+pub(crate) struct Tensors;
 
 impl VectorSpace for Tensors {
     type Vector = Tensor;

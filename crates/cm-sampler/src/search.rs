@@ -32,22 +32,22 @@ use crate::{Error, Result};
 /// Time points and their score; lower is better.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Evaluation {
+pub struct Scored {
     /// Positions on the grid, from 0 = σ_max to its last, as in [`Times::Indices`](crate::Times::Indices).
     pub ts: Vec<usize>,
     /// Their score.
     pub score: f64,
 }
 
-/// What has been evaluated. Kept, it makes a search resumable; as serde sees it, it is a list of [`Evaluation`]s.
+/// What has been evaluated. Kept, it makes a search resumable; as serde sees it, it is a list of [`Scored`]s.
 ///
 /// ```
-/// use cm_sampler::search::{Evaluation, Scores};
-/// let scores: Scores = [Evaluation { ts: vec![0, 22, 39], score: 4.7 }].into_iter().collect();
+/// use cm_sampler::search::{Scored, Scores};
+/// let scores: Scores = [Scored { ts: vec![0, 22, 39], score: 4.7 }].into_iter().collect();
 /// assert_eq!(scores.get(&[0, 22, 39]), Some(4.7));
 /// ```
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(from = "Vec<Evaluation>", into = "Vec<Evaluation>")]
+#[serde(from = "Vec<Scored>", into = "Vec<Scored>")]
 pub struct Scores(BTreeMap<Vec<usize>, f64>);
 
 impl Scores {
@@ -70,29 +70,29 @@ impl Scores {
     }
 }
 
-impl Extend<Evaluation> for Scores {
-    fn extend<I: IntoIterator<Item = Evaluation>>(&mut self, evaluations: I) {
-        self.0.extend(evaluations.into_iter().map(|Evaluation { ts, score }| (ts, score)));
+impl Extend<Scored> for Scores {
+    fn extend<I: IntoIterator<Item = Scored>>(&mut self, evaluations: I) {
+        self.0.extend(evaluations.into_iter().map(|Scored { ts, score }| (ts, score)));
     }
 }
 
-impl FromIterator<Evaluation> for Scores {
-    fn from_iter<I: IntoIterator<Item = Evaluation>>(evaluations: I) -> Self {
+impl FromIterator<Scored> for Scores {
+    fn from_iter<I: IntoIterator<Item = Scored>>(evaluations: I) -> Self {
         let mut scores = Self::default();
         scores.extend(evaluations);
         scores
     }
 }
 
-impl From<Vec<Evaluation>> for Scores {
-    fn from(evaluations: Vec<Evaluation>) -> Self {
+impl From<Vec<Scored>> for Scores {
+    fn from(evaluations: Vec<Scored>) -> Self {
         evaluations.into_iter().collect()
     }
 }
 
-impl From<Scores> for Vec<Evaluation> {
+impl From<Scores> for Vec<Scored> {
     fn from(scores: Scores) -> Self {
-        scores.0.into_iter().map(|(ts, score)| Evaluation { ts, score }).collect()
+        scores.0.into_iter().map(|(ts, score)| Scored { ts, score }).collect()
     }
 }
 
@@ -167,7 +167,7 @@ impl TimeSearch {
                 if !score.is_finite() {
                     return Err(Error::Score { ts, score }.into());
                 }
-                known.extend([Evaluation { ts, score }]);
+                known.extend([Scored { ts, score }]);
                 Ok(score)
             })?;
             ts.push(index.min(self.steps - 2 - to_come));

@@ -213,34 +213,104 @@ fn solver_error(solver: Solver, n: usize) -> f64 {
     largest(&(got - noise(&seeds, 0).to_kind(Kind::Double) * gain))
 }
 
-/// The oracle's denoiser in float64 throughout.
+/// The oracle in float64 throughout.
 struct Exact;
 
-impl Denoiser for Exact {
-    fn shape(&self) -> ImageShape {
-        SHAPE
-    }
-    fn num_classes(&self) -> i64 {
-        0
-    }
-    fn sigma_range(&self) -> SigmaRange {
-        SigmaRange::EDM
-    }
-    fn device(&self) -> Device {
-        Device::Cpu
-    }
-    fn denoise(&self, x: &Tensor, sigma: Sigma<'_>, _cond: &Cond) -> cm_sampler::model::Result<Tensor> {
+impl Exact {
+    fn scaled(x: &Tensor, sigma: Sigma<'_>, gain: impl Fn(f64) -> f64) -> Tensor {
         assert_eq!(x.kind(), Kind::Double);
         let Sigma::One(sigma) = sigma else { panic!("samplers evaluate a batch at one level") };
-        Ok(x * (0.25 / (0.25 + sigma * sigma)))
+        x * gain(sigma)
+    }
+}
+
+macro_rules! exact {
+    ($trait:ident, $method:ident, $gain:expr) => {
+        impl $trait for Exact {
+            fn shape(&self) -> ImageShape {
+                SHAPE
+            }
+            fn num_classes(&self) -> i64 {
+                0
+            }
+            fn sigma_range(&self) -> SigmaRange {
+                SigmaRange::EDM
+            }
+            fn device(&self) -> Device {
+                Device::Cpu
+            }
+            fn $method(
+                &self,
+                x: &Tensor,
+                sigma: Sigma<'_>,
+                _cond: &Cond,
+            ) -> cm_sampler::model::Result<Tensor> {
+                Ok(Exact::scaled(x, sigma, $gain))
+            }
+        }
+    };
+}
+
+exact!(Denoiser, denoise, |sigma| 0.25 / (0.25 + sigma * sigma));
+exact!(ConsistencyFn, jump, |sigma| ((0.25 + 0.002f64.powi(2)) / (0.25 + sigma * sigma)).sqrt());
+
+#[test]
+fn solvers_converge_with_their_order_on_tensors() {
+    for (solver, order) in [
+        (Solver::Euler, 1.0),
+        (Solver::Heun { churn: Churn::NONE }, 2.0),
+        (Solver::Dpm2 { churn: Churn::NONE }, 2.0),
+        (Solver::DpmPp2m, 2.0),
+    ] {
+        let errors = [81, 161, 321].map(|n| solver_error(solver, n));
+        for pair in errors.windows(2) {
+            let slope = (pair[0] / pair[1]).log2();
+            assert!((slope - order).abs() < 0.1, "{solver:?}: {slope}");
+        }
+    }
+}
+
+/// Noise that is 1 in one pixel, another one for every draw, and 0 elsewhere: what a linear model makes of it are the
+/// coefficients of the result on the draws.
+struct Units;
+
+impl NoiseSource for Units {
+    fn normal(&mut self, shape: ImageShape, site: &Site<'_>) -> cm_sampler::model::Result<Tensor> {
+        let mut unit = vec![0f64; shape.numel() as usize];
+        unit[site.step as usize] = 1.0;
+        Ok(Tensor::from_slice(&unit).view(shape.batch(1)))
+    }
+}
+
+/// The variance of a method's images, exactly.
+fn variance(method: &Method<'_>) -> f64 {
+    let request = Request { precision: Precision::Double, ..free(&[0]) };
+    let hooks = Hooks { noise: Some(&mut Units), on_evaluation: None };
+    sample(method, &request, hooks).unwrap().square().sum(Kind::Double).double_value(&[])
+}
+
+#[test]
+fn multistep_has_the_variance_of_its_recursion_to_rounding() {
+    let exact = 0.25 + 0.002f64.powi(2);
+    for levels in [vec![80.0], vec![80.0, 0.8], vec![80.0, 24.4, 5.84, 0.9, 0.661]] {
+        // The start lacks the data's own variance, and each jump passes its share of that on.
+        let shares = levels[1..].iter().map(|sigma| exact / (0.25 + sigma * sigma));
+        let shortage = 0.25 / (0.25 + 80f64.powi(2)) * shares.product::<f64>();
+        let got = variance(&Method::multistep(&Exact, &Times::Sigmas(levels)).unwrap());
+        assert!((got / exact - 1.0 + shortage).abs() < 1e-12, "{got}");
     }
 }
 
 #[test]
-fn solvers_converge_with_their_order_on_tensors() {
-    for (solver, order) in [(Solver::Euler, 1.0), (Solver::Heun { churn: Churn::NONE }, 2.0)] {
-        let slope = (solver_error(solver, 81) / solver_error(solver, 321)).log2() / 2.0;
-        assert!((slope - order).abs() < 0.1, "{solver:?}: {slope}");
+fn stochastic_solvers_approach_the_variance_of_the_data() {
+    let churn = Churn { s_churn: 10.0, s_min: 0.05, s_max: 50.0, s_noise: 1.0 };
+    for solver in [Solver::Heun { churn }, Solver::Dpm2 { churn }, Solver::Ancestral] {
+        let errors = [40, 160].map(|n| {
+            let method = Method::solver(&Exact, solver, &KarrasGrid::EDM.with_zero(n)).unwrap();
+            assert!(method.plan().draws() > n / 2);
+            (variance(&method) / 0.25 - 1.0).abs()
+        });
+        assert!(errors[1] < errors[0] / 3.0, "{solver:?}: {errors:?}");
     }
 }
 

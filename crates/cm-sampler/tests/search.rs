@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use cm_sampler::Error;
-use cm_sampler::search::{Evaluation, Found, Scores, TimeSearch};
+use cm_sampler::search::{Found, Scored, Scores, TimeSearch};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -160,6 +160,6 @@ fn what_cannot_be_searched_is_refused() {
         let error = search.run(&mut known, |_| Ok::<_, Error>(bad)).unwrap_err();
         assert!(matches!(error, Error::Score { ts, .. } if ts == [0, 3, 9]) && known.is_empty());
     }
-    let unknown = serde_json::from_str::<Evaluation>(r#"{"ts": [0, 2], "score": 1, "more": 0}"#);
+    let unknown = serde_json::from_str::<Scored>(r#"{"ts": [0, 2], "score": 1, "more": 0}"#);
     assert!(unknown.is_err());
 }

@@ -12,7 +12,9 @@ Examples:
   cm demo --seconds 60 --out out/quick
   cm demo --recipe cd
   cm demo --recipe all --out out/recipes
-  cm demo --data emoji";
+  cm demo --data emoji
+  cm demo --data emoji --recipe cd --device cuda --seconds 120
+  cm demo --data fashion --images /usr/share/datasets/fashion-mnist --recipe ict --device cuda";
 
 /// Data sets of the demo.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -21,6 +23,19 @@ pub enum DemoData {
     Digits,
     /// 1,906 colour emoji, 32×32.
     Emoji,
+    /// Fashion-MNIST, 70,000 grey pictures of clothes, 28×28: not bundled, --images says where it lies.
+    Fashion,
+}
+
+impl DemoData {
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            DemoData::Digits => "digits",
+            DemoData::Emoji => "emoji",
+            DemoData::Fashion => "fashion",
+        }
+    }
 }
 
 /// Recipes of the demo.
@@ -57,9 +72,13 @@ impl DemoRecipe {
 /// Options of `cm demo`.
 #[derive(Debug, Args)]
 pub struct DemoArgs {
-    /// The bundled data set.
+    /// The data set.
     #[arg(long, value_enum, default_value_t = DemoData::Digits)]
     pub data: DemoData,
+    /// Folder of the four IDX files of --data fashion, as Debian's package dataset-fashion-mnist installs them into
+    /// /usr/share/datasets/fashion-mnist.
+    #[arg(long, value_name = "DIR")]
+    pub images: Option<PathBuf>,
     /// How the model is trained.
     #[arg(long, value_enum, default_value_t = DemoRecipe::Ect)]
     pub recipe: DemoRecipe,
@@ -67,7 +86,7 @@ pub struct DemoArgs {
     #[arg(long, value_name = "DIR", default_value = "out/demo")]
     pub out: PathBuf,
     /// Time for each recipe in seconds, without its teacher; the training schedule is fitted to it [default: 220
-    /// for digits, 1500 for emoji]. A teacher gets as much again.
+    /// for digits, 1500 for others]. A teacher gets as much again.
     #[arg(long)]
     pub seconds: Option<f64>,
     /// Seed of the run.

@@ -2,16 +2,18 @@
 
 mod demo;
 mod model;
+mod sample;
 mod search;
 
 use std::path::PathBuf;
 
-use clap::builder::{OsStringValueParser, RangedU64ValueParser, TypedValueParser};
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use cm_torch::device::DeviceSpec;
 
 pub use demo::{Bar, DEMO_EXAMPLES, DemoArgs, DemoData, DemoRecipe};
-pub use model::{ExportForm, LPIPS_KINDS, ModelCommand};
+pub use model::{ExportForm, LPIPS_KINDS, ModelCommand, StoredDtype};
+pub use sample::{SAMPLE_EXAMPLES, SampleArgs, SamplerKind};
 pub use search::{SEARCH_EXAMPLES, ScoreKind, SearchArgs};
 
 /// Consistency models: train them, sample them in one step, look inside.
@@ -94,13 +96,6 @@ Examples:
   cm distill --teacher edm_imagenet64_ema.pt --as openai-imagenet64-edm --data ~/imagenet64.zip
   cm distill --teacher edm.safetensors --config cifar10-ect      (starts from the teacher's weights)
   cm distill --config imagenet64-cd --dry-run";
-
-const SAMPLE_EXAMPLES: &str = "\
-Examples:
-  cm sample runs/digits --seeds 0-63
-  cm sample runs/digits --sampler multistep --sigmas 80,0.8 --seeds 0-15 --out out/two-step
-  cm sample model.safetensors --sampler multistep --ts 0,22,39 --class 3
-  cm sample runs/edm --sampler heun --steps 18";
 
 const FETCH_LPIPS_EXAMPLES: &str = "\
 Examples:
@@ -202,68 +197,6 @@ pub struct RunArgs {
     /// Change a value of the experiment; may be given several times.
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     pub sets: Vec<String>,
-}
-
-/// Options of `cm sample`.
-#[derive(Debug, Args)]
-pub struct SampleArgs {
-    /// A model file, a checkpoint folder or a run folder.
-    pub model: PathBuf,
-    /// How to sample [default: onestep for a consistency model; for a denoiser heun, or progdist if it was
-    /// progressively distilled].
-    #[arg(long, value_enum)]
-    pub sampler: Option<SamplerKind>,
-    /// Time points of multistep sampling as indices into the Karras grid, 0 = σ_max; the last one only sets the
-    /// final noise and is not evaluated.
-    #[arg(long, value_delimiter = ',', conflicts_with = "sigmas")]
-    pub ts: Option<Vec<usize>>,
-    /// For heun and euler: number of noise levels [default: 18]. For progdist: number of steps [default: what the
-    /// model was distilled to]. For multistep: number of points of the grid that --ts counts in [default: one more
-    /// than its last index, which then is σ_min, as in all published time points].
-    #[arg(long, value_parser = RangedU64ValueParser::<usize>::new().range(1..=1_000_000))]
-    pub steps: Option<usize>,
-    /// Time points of multistep sampling as noise levels, falling; each one is evaluated.
-    #[arg(long, value_delimiter = ',')]
-    pub sigmas: Option<Vec<f64>>,
-    /// Seeds, one image each: 0-63, or 1,5,9-12.
-    #[arg(long, default_value = "0-63")]
-    pub seeds: SeedRange,
-    /// Class of all images (class-conditional models).
-    #[arg(long)]
-    pub class: Option<i64>,
-    /// Which average of the weights: an EMA rate such as 0.999, or `raw` [default: the run's first EMA].
-    #[arg(long, value_name = "RATE|raw")]
-    pub ema: Option<String>,
-    /// Images computed together.
-    #[arg(long, default_value = "64", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
-    pub batch: usize,
-    /// Do not clip images to [-1, 1] after each jump.
-    #[arg(long)]
-    pub no_clip: bool,
-    /// Folder for PNGs, grid and npz.
-    #[arg(long, value_name = "DIR", default_value = "out/samples")]
-    pub out: PathBuf,
-    /// Put the PNGs into sub-folders of 1,000.
-    #[arg(long)]
-    pub subdirs: bool,
-    /// Where to compute: auto, cpu, cuda or cuda:N.
-    #[arg(long, default_value = "auto")]
-    pub device: DeviceSpec,
-}
-
-/// Samplers of `cm sample`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum SamplerKind {
-    /// One jump from pure noise.
-    Onestep,
-    /// Algorithm 1 of Song et al. 2023: jump, add noise, jump.
-    Multistep,
-    /// Heun's method for a denoiser: Algorithm 1 of Karras et al. 2022.
-    Heun,
-    /// Euler's method for a denoiser.
-    Euler,
-    /// The steps of a progressively distilled denoiser.
-    Progdist,
 }
 
 /// `cm data …`.

@@ -26,15 +26,20 @@ pub enum ModelCommand {
         #[arg(short, long, value_name = "FILE")]
         out: PathBuf,
     },
-    /// Write a model in the form that another program reads.
+    /// Write a model in the form that another program reads, or smaller.
     #[command(after_help = EXPORT_EXAMPLES)]
     Export {
-        /// A model file, a checkpoint folder or a run folder, with a network of OpenAI's form.
+        /// A model file, a checkpoint folder or a run folder; for `openai` and `diffusers` with a network of OpenAI's
+        /// form.
         file: PathBuf,
         /// Whose names the weights get. `openai`: a `.pt` that OpenAI's code loads, or `.safetensors`. `diffusers`: a
-        /// folder with a UNet2DModel and, for a consistency model, its pipeline.
+        /// folder with a UNet2DModel and, for a consistency model, its pipeline. `own`: a model file of this project,
+        /// alone and in another dtype.
         #[arg(long, value_enum)]
         to: ExportForm,
+        /// Dtype of the weights in the file, for `--to own`; they are float32 again when they are loaded.
+        #[arg(long, value_enum)]
+        dtype: Option<StoredDtype>,
         /// The file or, for diffusers, the new folder to write.
         #[arg(short, long, value_name = "PATH")]
         out: PathBuf,
@@ -48,6 +53,17 @@ pub enum ExportForm {
     Openai,
     /// A folder of diffusers.
     Diffusers,
+    /// A model file of this project.
+    Own,
+}
+
+/// Dtypes of weights in a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum StoredDtype {
+    /// As they are trained.
+    F32,
+    /// Half the size, three digits.
+    Bf16,
 }
 
 /// Kinds of weights that are no model: what a metric measures with.
@@ -75,4 +91,5 @@ Examples:
 const EXPORT_EXAMPLES: &str = "\
 Examples:
   cm model export runs/i64 --to openai -o model.pt
-  cm model export cd.safetensors --to diffusers -o out/cd-diffusers";
+  cm model export cd.safetensors --to diffusers -o out/cd-diffusers
+  cm model export runs/emoji --to own --dtype bf16 -o emoji.safetensors";

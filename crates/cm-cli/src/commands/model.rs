@@ -1,14 +1,16 @@
 //! `cm model`: what a file of weights says about itself, and ways from and to published forms.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow};
+use cm_model::TensorMap;
 use cm_net::ModelFile;
 use cm_net::import::{self, Description, Kind};
 use cm_net::lpips::{self, LpipsNet};
 use cm_train::gigabytes;
 
-use crate::args::{ExportForm, LPIPS_KINDS, ModelCommand};
+use crate::args::{ExportForm, LPIPS_KINDS, ModelCommand, StoredDtype};
 use crate::exit::{OrUsage, Outcome};
 use crate::runs;
 use crate::ui::Bar;
@@ -22,7 +24,7 @@ pub fn model(command: &ModelCommand) -> Outcome {
     match command {
         ModelCommand::Info { file } => info(file),
         ModelCommand::Import { file, kind, out } => import(file, kind.as_deref(), out),
-        ModelCommand::Export { file, to, out } => export(file, *to, out),
+        ModelCommand::Export { file, to, dtype, out } => export(file, *to, *dtype, out),
     }
 }
 
@@ -143,7 +145,10 @@ fn import_lpips(file: &Path, net: &str, out: &Path) -> Outcome {
     Ok(())
 }
 
-fn export(file: &Path, to: ExportForm, out: &Path) -> Outcome {
+fn export(file: &Path, to: ExportForm, dtype: Option<StoredDtype>, out: &Path) -> Outcome {
+    if dtype.is_some() && to != ExportForm::Own {
+        return Err(anyhow!("--dtype is for --to own")).or_usage();
+    }
     let path = find(file)?;
     if same(&path, out) {
         return Err(anyhow!("{}: -o names the file that is read", out.display())).or_usage();
@@ -153,6 +158,7 @@ fn export(file: &Path, to: ExportForm, out: &Path) -> Outcome {
         match to {
             ExportForm::Openai => import::export_openai(&model, out)?,
             ExportForm::Diffusers => import::export_diffusers(&model, out)?,
+            ExportForm::Own => cm_net::save_tensors(out, stored(&model, dtype)?, &model.spec)?,
         }
         Ok(model)
     });
@@ -167,8 +173,26 @@ fn export(file: &Path, to: ExportForm, out: &Path) -> Outcome {
     Ok(())
 }
 
+/// The weights in the dtype that was asked for. Buffers stay as they are: frequencies and filters are few, and rounding
+/// them changes the network more than rounding its weights.
+fn stored(model: &ModelFile, dtype: Option<StoredDtype>) -> cm_net::Result<TensorMap> {
+    let kind = match dtype {
+        Some(StoredDtype::Bf16) => tch::Kind::BFloat16,
+        Some(StoredDtype::F32) | None => tch::Kind::Float,
+    };
+    let net = model.backbone(tch::Device::Cpu)?;
+    let weights: BTreeSet<&str> = net.params().trainable().map(|(name, _)| name).collect();
+    let stored = |(name, tensor): (&String, &tch::Tensor)| {
+        let tensor =
+            if weights.contains(name.as_str()) { tensor.to_kind(kind) } else { tensor.shallow_clone() };
+        (name.clone(), tensor)
+    };
+    Ok(model.tensors.iter().map(stored).collect())
+}
+
 fn name(form: ExportForm) -> &'static str {
     match form {
+        ExportForm::Own => "this project's",
         ExportForm::Openai => "OpenAI's",
         ExportForm::Diffusers => "diffusers'",
     }

@@ -6,15 +6,13 @@ use anyhow::{Context, Result};
 use tch::Tensor;
 
 use super::measure::Sets;
-use super::one;
 use super::plan::{ALL, Plan};
 use super::publish;
 use super::summary::{SUMMARY_FILE, Summary};
+use super::{Shared, one};
 use crate::args::{DemoArgs, DemoRecipe};
 use crate::commands::session;
-use crate::config::Source;
 use crate::exit::{Failure, OrUsage, Outcome};
-use crate::experiment::Experiment;
 use crate::pictures;
 
 /// The picture of all recipes.
@@ -35,11 +33,11 @@ pub fn all(args: &DemoArgs) -> Outcome {
         return publish_all(&plans, &args.out).or_usage();
     }
     let stop = session::stop_on_signal()?;
-    let mut columns = vec![("real".to_owned(), real(&plans)?)];
-    let mut summaries = Vec::new();
+    let mut columns = vec![("real".to_owned(), real(args, &plans)?)];
+    let (mut summaries, mut shared) = (Vec::new(), Shared::default());
     for (recipe, plan) in &plans {
         eprintln!("recipe {}", recipe.name());
-        let (summary, images) = one(args, plan, &args.out.join(recipe.name()), &stop)?;
+        let (summary, images) = one(args, plan, &args.out.join(recipe.name()), &stop, &mut shared)?;
         columns.push((recipe.name().to_uppercase(), images));
         summaries.push((recipe.name(), summary));
     }
@@ -61,10 +59,9 @@ pub fn all(args: &DemoArgs) -> Outcome {
 }
 
 /// Held-out images, to look at beside the samples.
-fn real(plans: &[(DemoRecipe, Plan)]) -> Result<Tensor> {
+fn real(args: &DemoArgs, plans: &[(DemoRecipe, Plan)]) -> Result<Tensor> {
     let (_, plan) = plans.first().context("there are recipes")?;
-    let experiment = Experiment::read(&Source::find(plan.preset)?, &[])?;
-    Ok(Sets::open(&experiment)?.held_out().shallow_clone())
+    Ok(Sets::open(&super::experiment(plan.preset, args)?)?.held_out().shallow_clone())
 }
 
 fn judge(args: &DemoArgs, summaries: &[(&str, Summary)]) -> Outcome {

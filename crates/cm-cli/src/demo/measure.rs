@@ -8,6 +8,9 @@ use tch::{Device, Tensor};
 
 use crate::experiment::Experiment;
 
+/// The most images that the classifier is trained on.
+const CLASSIFIER_IMAGES: usize = 20_000;
+
 /// Training and held-out images of the demo's data, with their labels where there are some.
 pub struct Sets {
     train: Tensor,
@@ -69,10 +72,14 @@ impl Sets {
     /// What measures: a classifier that is trained here, where there are labels, and distances to the training
     /// images.
     pub fn yardstick(&self, seed: u64) -> Result<Yardstick> {
-        let spec = ClassifierSpec { seed, ..ClassifierSpec::default() };
-        let classifier = (self.classes > 0)
-            .then(|| Classifier::train(&self.train, &self.train_labels, self.classes, spec))
-            .transpose()?;
+        // Twenty passes over a small set, two over the first images of a large one.
+        let most = ClassifierSpec::default();
+        let used = self.train_labels.len().min(CLASSIFIER_IMAGES);
+        let epochs = (2 * CLASSIFIER_IMAGES / used.max(1)).clamp(2, most.epochs as usize) as u32;
+        let spec = ClassifierSpec { seed, epochs, ..most };
+        let (images, labels) = (self.train.narrow(0, 0, used as i64), &self.train_labels[..used]);
+        let classifier =
+            (self.classes > 0).then(|| Classifier::train(&images, labels, self.classes, spec)).transpose()?;
         Ok(Yardstick::new(&self.train, &self.held_out, classifier)?)
     }
 

@@ -12,6 +12,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use cm_eval::Yardstick;
 use cm_model::{NoiseSource, Philox, Site};
 use cm_sampler::{Request, Times, multistep};
 use cm_schedule::NumScales;
@@ -31,6 +32,7 @@ use crate::sources::Start;
 use measure::Sets;
 use plan::Plan;
 use summary::{SUMMARY_FILE, Speed, Summary};
+use teacher::Teacher;
 
 /// Points of a run at which its samples are kept for the strip.
 const SNAPSHOTS: u64 = 8;
@@ -72,7 +74,7 @@ pub fn demo(args: &DemoArgs) -> Outcome {
         return publish::publish(&summary, &args.out).or_run();
     }
     let stop = session::stop_on_signal()?;
-    let (summary, _) = one(args, &plan, &args.out, &stop)?;
+    let (summary, _) = one(args, &plan, &args.out, &stop, &mut Shared::default())?;
     summary.print(&args.out);
     if let Some(bar) = args.check {
         summary.check(bar).or_run()?;
@@ -83,23 +85,82 @@ pub fn demo(args: &DemoArgs) -> Outcome {
     }
 }
 
+/// A preset with what the command says of its data and seed.
+fn experiment(preset: &str, args: &DemoArgs) -> Result<Experiment> {
+    let mut experiment = Experiment::read(&Source::find(preset)?, &[format!("train.seed={}", args.seed)])?;
+    match (args.data, &args.images) {
+        (DemoData::Fashion, Some(images)) => experiment.set_data(images),
+        (DemoData::Fashion, None) => bail!(
+            "--data fashion is not bundled: name the folder of its four IDX files with --images (Debian's package \
+             dataset-fashion-mnist puts them into /usr/share/datasets/fashion-mnist)"
+        ),
+        (_, Some(_)) => bail!("--images is for --data fashion; {} is bundled", args.data.name()),
+        (_, None) => {}
+    }
+    Ok(experiment)
+}
+
+/// What several recipes of one data set have in common: it is made for the first that needs it.
+#[derive(Default)]
+struct Shared {
+    ground: Option<Ground>,
+    teacher: Option<Teacher>,
+}
+
+/// The data, and what measures samples against it.
+struct Ground {
+    data: Sets,
+    yardstick: Yardstick,
+}
+
+impl Shared {
+    fn ground(&mut self, experiment: &Experiment, seed: u64) -> Result<&Ground> {
+        if self.ground.is_none() {
+            eprintln!("measuring the data: a small classifier, a Gaussian fit, noise");
+            let data = Sets::open(experiment)?;
+            let yardstick = data.yardstick(seed)?;
+            self.ground = Some(Ground { data, yardstick });
+        }
+        self.ground.as_ref().context("the data was just measured")
+    }
+
+    /// The teacher of the preset, trained in the folder `out` where it is not there yet.
+    fn teacher(
+        &mut self,
+        preset: &'static str,
+        train: impl FnOnce() -> Outcome<Teacher>,
+    ) -> Outcome<&Teacher> {
+        if self.teacher.as_ref().is_none_or(|teacher| teacher.preset != preset) {
+            self.teacher = Some(train()?);
+        }
+        Ok(self.teacher.as_ref().context("the teacher was just trained")?)
+    }
+}
+
 /// Trains and measures one recipe, and leaves everything about it in `out`. Returns its one-step samples too.
-fn one(args: &DemoArgs, plan: &Plan, out: &Path, stop: &AtomicBool) -> Outcome<(Summary, Tensor)> {
+fn one(
+    args: &DemoArgs,
+    plan: &Plan,
+    out: &Path,
+    stop: &AtomicBool,
+    shared: &mut Shared,
+) -> Outcome<(Summary, Tensor)> {
     let device = session::device(&args.device).or_usage()?;
     let run_folder = out.join("run");
     clear(&run_folder).or_usage()?;
     let begun = Instant::now();
-    let sets = [format!("train.seed={}", args.seed)];
-    let mut experiment = Experiment::read(&Source::find(plan.preset)?, &sets)?;
-    eprintln!("measuring the data: a small classifier, a Gaussian fit, noise");
-    let data = Sets::open(&experiment)?;
-    let yardstick = data.yardstick(args.seed)?;
+    let mut experiment = experiment(plan.preset, args).or_usage()?;
+    shared.ground(&experiment, args.seed)?;
     let before = begun.elapsed().as_secs_f64();
     let seconds = args.seconds.unwrap_or(plan.seconds);
-    let taught = plan.teacher.map(|preset| teacher::train(preset, args, seconds, out, stop)).transpose()?;
+    if let Some(preset) = plan.teacher {
+        let teacher = shared.teacher(preset, || teacher::train(preset, args, seconds, &args.out, stop))?;
+        experiment.teacher = Some(teacher.model.clone());
+    }
+    let taught = shared.teacher.as_ref().filter(|_| plan.teacher.is_some());
+    let Ground { data, yardstick } = shared.ground.as_ref().context("the data was measured above")?;
 
     let started = Instant::now();
-    experiment.teacher = taught.as_ref().map(|teacher| teacher.model.clone());
     let models = Start::read(&experiment, false)?;
     let left = seconds * (1.0 - RESERVE) - before;
     fit_to_time(&mut experiment, &models, device, left, args.seconds.is_some())?;
@@ -115,16 +176,10 @@ fn one(args: &DemoArgs, plan: &Plan, out: &Path, stop: &AtomicBool) -> Outcome<(
         threads: device::threads(),
         parameters: trainer.student().params().num_parameters(),
         speed: Speed::new(&experiment, trainer.steps_done(), train_seconds, seconds),
-        teacher: taught.as_ref().map(|teacher| teacher.speed.clone()),
+        teacher: taught.map(|teacher| teacher.speed.clone()),
         second_sigma: plan.second_sigma,
-        judge: data.judge(&yardstick)?,
-        figures: data.figures(
-            &yardstick,
-            &one,
-            two.as_ref(),
-            taught.as_ref().map(|t| &t.images),
-            args.seed,
-        )?,
+        judge: data.judge(yardstick)?,
+        figures: data.figures(yardstick, &one, two.as_ref(), taught.map(|t| &t.images), args.seed)?,
     };
     let drawn = Drawn { plan, one: &one, two: two.as_ref(), real: data.held_out(), snapshots: &snapshots };
     drawn.write(out, &run_folder)?;

@@ -33,9 +33,15 @@ impl Plan {
             (DemoData::Digits, DemoRecipe::Cd) => ("digits-cd", Some("digits-edm")),
             (DemoData::Digits, DemoRecipe::Pd) => ("digits-pd", Some("digits-edm")),
             (DemoData::Emoji, DemoRecipe::Ect) => ("emoji-ect", None),
-            (DemoData::Emoji, _) => {
-                bail!("--data emoji: its demo knows --recipe ect alone; the others take digits")
-            }
+            (DemoData::Emoji, DemoRecipe::Ict) => ("emoji-ict", None),
+            (DemoData::Emoji, DemoRecipe::Cd) => ("emoji-cd", Some("emoji-edm")),
+            (DemoData::Fashion, DemoRecipe::Ect) => ("fashion-ect", None),
+            (DemoData::Fashion, DemoRecipe::Ict) => ("fashion-ict", None),
+            (DemoData::Fashion, DemoRecipe::Cd) => ("fashion-cd", Some("fashion-edm")),
+            (DemoData::Emoji | DemoData::Fashion, _) => bail!(
+                "--data {}: its demo knows --recipe ect, ict and cd; the others take digits",
+                data.name()
+            ),
             (_, DemoRecipe::All) => bail!("--recipe all is several recipes"),
         };
         let digits = Self {
@@ -51,6 +57,7 @@ impl Plan {
             DemoData::Emoji => {
                 Self { seconds: 1500.0, second_sigma: Some(0.8), measured: 500, grid: (12, 96), ..digits }
             }
+            DemoData::Fashion => Self { seconds: 1500.0, second_sigma: Some(0.8), ..digits },
         })
     }
 }

@@ -11,14 +11,14 @@ use super::summary::Speed;
 use super::{FIRST_SEED, clear, fit_to_time, train as train_in};
 use crate::args::DemoArgs;
 use crate::commands::session;
-use crate::config::Source;
 use crate::exit::{OrUsage, Outcome};
-use crate::experiment::Experiment;
 use crate::net::Net;
 use crate::sources::{ModelSource, Start};
 
 /// A trained teacher.
 pub struct Teacher {
+    /// The experiment that it comes from.
+    pub preset: &'static str,
     /// Where it lies.
     pub model: ModelSource,
     /// How long it took.
@@ -31,12 +31,18 @@ pub struct Teacher {
 const MEASURED: u64 = 500;
 
 /// Trains the teacher in at most `seconds`; it stays in the folder `teacher` of the demo.
-pub fn train(preset: &str, args: &DemoArgs, seconds: f64, out: &Path, stop: &AtomicBool) -> Outcome<Teacher> {
+pub fn train(
+    preset: &'static str,
+    args: &DemoArgs,
+    seconds: f64,
+    out: &Path,
+    stop: &AtomicBool,
+) -> Outcome<Teacher> {
     let started = Instant::now();
     let device = session::device(&args.device).or_usage()?;
     let folder = out.join("teacher");
     clear(&folder).or_usage()?;
-    let mut experiment = Experiment::read(&Source::find(preset)?, &[format!("train.seed={}", args.seed)])?;
+    let mut experiment = super::experiment(preset, args).or_usage()?;
     let models = Start::default();
     fit_to_time(&mut experiment, &models, device, 0.9 * seconds, args.seconds.is_some())?;
     eprintln!("teacher: {preset}, {} steps", experiment.train.total_steps);
@@ -51,6 +57,7 @@ pub fn train(preset: &str, args: &DemoArgs, seconds: f64, out: &Path, stop: &Ato
     }?;
     let total = started.elapsed().as_secs_f64();
     Ok(Teacher {
+        preset,
         model: ModelSource::at(&folder, None)?,
         speed: Speed::new(&experiment, trainer.steps_done(), train_seconds, total),
         images: images.to_device(Device::Cpu),

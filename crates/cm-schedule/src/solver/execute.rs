@@ -1,4 +1,5 @@
-use super::plan::{Plan, Rule, Step};
+use super::plan::Plan;
+use super::walk::{Ask, Walk};
 
 /// What a sampler needs of its states: linear combinations.
 ///
@@ -67,65 +68,15 @@ pub fn execute<S: VectorSpace, E>(
     mut model: impl FnMut(&S::Vector, f64) -> Result<S::Vector, E>,
     mut noise: impl FnMut(usize) -> Result<S::Vector, E>,
 ) -> Result<S::Vector, E> {
-    let mut add_noise = |x, std, k| match std {
-        0.0 => Ok(x),
-        _ => Ok(space.combine(&[(1.0, &x), (std, &noise(k)?)])),
-    };
-    let mut x = x;
-    let mut last = None;
-    for (k, step) in plan.steps().iter().enumerate() {
-        let x_hat = add_noise(x, step.churn_std, k)?;
-        let (x_next, denoised) = advance(space, step, &x_hat, last.as_ref(), &mut model)?;
-        last = denoised;
-        x = add_noise(x_next, step.renoise_std, k)?;
+    let mut walk = Walk::new(plan, x);
+    loop {
+        let answer = match walk.ask() {
+            Ask::Model { x, sigma } => model(x, sigma)?,
+            Ask::Noise { step } => noise(step)?,
+            Ask::Nothing => return Ok(walk.into_state()),
+        };
+        walk.answer(space, answer);
     }
-    Ok(x)
-}
-
-/// A state, and the denoised image that led to it if the next step may want it.
-type Advanced<V> = (V, Option<V>);
-
-/// The deterministic part of a step, from x̂ at σ̂ to σ'. Variable names follow the formulas of [`Rule`].
-fn advance<S: VectorSpace, E>(
-    space: &S,
-    step: &Step,
-    x_hat: &S::Vector,
-    last: Option<&S::Vector>,
-    model: &mut impl FnMut(&S::Vector, f64) -> Result<S::Vector, E>,
-) -> Result<Advanced<S::Vector>, E> {
-    let (from, to) = (step.sigma_hat, step.sigma_next);
-    let denoised = model(x_hat, from)?;
-    // Euler's line: x̂ + (σ − σ̂) (x̂ − D)/σ̂.
-    let line = |d: &S::Vector, sigma: f64| space.combine(&[(sigma / from, x_hat), (1.0 - sigma / from, d)]);
-    let x_next = match step.rule {
-        Rule::Jump => return Ok((denoised, None)),
-        Rule::Euler => line(&denoised, to),
-        Rule::Heun => {
-            let x_euler = line(&denoised, to);
-            let corrected = model(&x_euler, to)?;
-            // x̂ + (σ' − σ̂)/2 · ((x̂ − D)/σ̂ + (x_euler − D')/σ').
-            let half = 0.5 * (to - from);
-            space.combine(&[
-                (1.0 + half / from, x_hat),
-                (-half / from, &denoised),
-                (half / to, &x_euler),
-                (-half / to, &corrected),
-            ])
-        }
-        Rule::Midpoint { sigma_mid } => {
-            let x_mid = line(&denoised, sigma_mid);
-            let middle = model(&x_mid, sigma_mid)?;
-            // x̂ + (σ' − σ̂) (x_mid − D_mid)/σ_mid.
-            let slope = (to - from) / sigma_mid;
-            space.combine(&[(1.0, x_hat), (slope, &x_mid), (-slope, &middle)])
-        }
-        Rule::Multistep { weight } => {
-            // A plan that begins with this rule has nothing to extrapolate from, and 1 + w − w = 1.
-            let last = last.unwrap_or(&denoised);
-            line(&space.combine(&[(1.0 + weight, &denoised), (-weight, last)]), to)
-        }
-    };
-    Ok((x_next, Some(denoised)))
 }
 
 #[cfg(test)]

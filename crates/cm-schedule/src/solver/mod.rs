@@ -1,9 +1,10 @@
-//! Samplers as data: a [`Plan`] lists the steps in f64, and one short [`execute`] walks along it.
+//! Samplers as data: a [`Plan`] lists the steps in f64, and a [`Walk`] goes along it.
 //!
 //! The plan knows every noise level, every standard deviation and every rule before a network is called, so that
-//! grids, numbers of evaluations and noise are tested without one. The executor knows only linear combinations
-//! ([`VectorSpace`]), so that it runs on a number, on a `Vec<f64>` and on tensors alike, and its order of
-//! convergence is measured on a flow with a closed form.
+//! grids, numbers of evaluations and noise are tested without one. A walk stops wherever it needs the model or noise,
+//! so that many can share a call of the model; [`execute`] is the short loop that goes through with one. Both know
+//! only linear combinations ([`VectorSpace`]), so that they run on a number, on a `Vec<f64>` and on tensors alike, and
+//! their order of convergence is measured on a flow with a closed form.
 //!
 //! | plan | evaluations of N levels and 0 | order | needs |
 //! | --- | --- | --- | --- |
@@ -19,6 +20,9 @@
 
 mod execute;
 mod plan;
+pub mod reference;
+mod walk;
 
 pub use execute::{Scalars, VectorSpace, execute};
 pub use plan::{Churn, Plan, Renoise, Rule, Step};
+pub use walk::{Ask, Walk};

@@ -57,7 +57,7 @@ impl Step {
     }
 
     /// The second of two evaluations (its level), if there are two.
-    fn second_sigma(&self) -> Option<f64> {
+    pub(super) fn second_sigma(&self) -> Option<f64> {
         match self.rule {
             Rule::Heun => Some(self.sigma_next),
             Rule::Midpoint { sigma_mid } => Some(sigma_mid),
@@ -347,7 +347,7 @@ fn intervals(levels: &[f64]) -> Result<impl Iterator<Item = (f64, f64)>> {
     Ok(levels.windows(2).map(|pair| (pair[0], pair[1])))
 }
 
-fn check_falling(levels: &[f64], least: usize, advice: &'static str) -> Result<()> {
+pub(super) fn check_falling(levels: &[f64], least: usize, advice: &'static str) -> Result<()> {
     if levels.len() < least {
         return Err(Error::TooFew { key: "sigmas", got: levels.len(), least, advice });
     }

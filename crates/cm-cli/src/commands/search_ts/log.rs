@@ -5,7 +5,7 @@ use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use cm_sampler::search::{Evaluation, Scores};
+use cm_sampler::search::{Scored, Scores};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -56,7 +56,7 @@ impl Log {
         }
         let known = lines
             .map(|(index, line)| {
-                serde_json::from_str::<Evaluation>(line).with_context(|| {
+                serde_json::from_str::<Scored>(line).with_context(|| {
                     format!("{shown}, line {}: not an evaluation; remove the line", index + 1)
                 })
             })
@@ -77,7 +77,7 @@ impl Log {
     }
 
     /// Adds an evaluation. It is on the disk when this returns.
-    pub fn write(&mut self, evaluation: &Evaluation) -> Result<()> {
+    pub fn write(&mut self, evaluation: &Scored) -> Result<()> {
         self.line(evaluation)
     }
 
@@ -118,8 +118,8 @@ mod tests {
         Settings { model, steps: 40, rho: 7.0, score: ScoreKind::Pixels, samples, data }
     }
 
-    fn evaluation(t: usize) -> Evaluation {
-        Evaluation { ts: vec![0, t, 39], score: t as f64 / 3.0 }
+    fn evaluation(t: usize) -> Scored {
+        Scored { ts: vec![0, t, 39], score: t as f64 / 3.0 }
     }
 
     #[test]

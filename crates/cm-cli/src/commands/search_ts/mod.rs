@@ -11,7 +11,7 @@ use cm_data::{Fit, SourceKind, SourceSpec};
 use cm_model::{Compute, ConsistencyFn, ImageShape, TensorMap};
 use cm_net::import::{self, NUM_SCALES};
 use cm_net::{ModelFile, ModelSpec};
-use cm_sampler::search::{Evaluation, TimeSearch};
+use cm_sampler::search::{Scored, TimeSearch};
 use cm_sampler::{Hooks, Method, Request, Times, sample_batches};
 use log::{Log, Settings};
 use score::Score;
@@ -58,7 +58,7 @@ pub fn search_ts(args: &SearchArgs) -> Outcome {
     let found = search.run(&mut known, |ts| -> Result<f64> {
         count += 1;
         let score = sampler.score(ts, &score)?;
-        log.write(&Evaluation { ts: ts.to_vec(), score })?;
+        log.write(&Scored { ts: ts.to_vec(), score })?;
         let took = clock(started.elapsed().as_secs_f64());
         eprintln!("{count} of at most {most}: ts {} gives {score:.6} ({took})", list(ts));
         Ok(score)

@@ -17,6 +17,7 @@ struct Common {
     stem: i64,
     noise: i64,
     emb: i64,
+    num_classes: i64,
     augment_dim: i64,
     /// Sides of the levels in pixels, finest first.
     resolutions: Vec<i64>,
@@ -83,16 +84,16 @@ fn common(look: &Lookup<'_>) -> Result<Common> {
     }
     let block = |r: i64, index: i64, part: &str| format!("enc.{r}x{r}_block{index}.{part}.weight");
     let width = |&r: &i64| look.side(&block(r, 0, "conv0"), 4, 0);
+    // The inputs of a matrix that only networks have which are told of such a thing.
+    let inputs = |name: &str| if look.has(name) { look.side(name, 2, 1) } else { Ok(0) };
     Ok(Common {
         image_size,
         image_channels: look.side(&stem, 4, 1)?,
         stem: look.side(&stem, 4, 0)?,
         noise: look.side("map_layer0.weight", 2, 1)?,
         emb: look.side("map_layer0.weight", 2, 0)?,
-        augment_dim: match look.has("map_augment.weight") {
-            true => look.side("map_augment.weight", 2, 1)?,
-            false => 0,
-        },
+        num_classes: inputs("map_label.weight")?,
+        augment_dim: inputs("map_augment.weight")?,
         widths: resolutions.iter().map(width).collect::<Result<_>>()?,
         num_blocks: look.count(|index| block(image_size, index, "conv0")),
         attn_resolutions: resolutions.iter().copied().filter(|&r| look.has(&block(r, 0, "qkv"))).collect(),
@@ -127,10 +128,7 @@ fn dhariwal(look: &Lookup<'_>, common: Common) -> Result<DhariwalUnetSpec> {
     Ok(DhariwalUnetSpec {
         image_size: common.image_size,
         image_channels: common.image_channels,
-        num_classes: match look.has("map_label.weight") {
-            true => look.side("map_label.weight", 2, 1)?,
-            false => 0,
-        },
+        num_classes: common.num_classes,
         augment_dim: common.augment_dim,
         model_channels,
         channel_mult: multipliers(model_channels, &common.widths)?,
@@ -150,10 +148,7 @@ fn song(look: &Lookup<'_>, common: Common, tensors: &TensorMap) -> Result<SongUn
     Ok(SongUnetSpec {
         image_size: common.image_size,
         image_channels: common.image_channels,
-        num_classes: match look.has("map_label.weight") {
-            true => look.side("map_label.weight", 2, 1)?,
-            false => 0,
-        },
+        num_classes: common.num_classes,
         augment_dim: common.augment_dim,
         model_channels,
         channel_mult: multipliers(model_channels, &common.widths)?,

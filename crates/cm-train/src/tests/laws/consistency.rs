@@ -94,6 +94,20 @@ fn errors_fall_with_the_order_of_the_solver() {
     }
 }
 
+/// The same through the losses themselves; Heun's only up to where its error is still a hundred times the rounding.
+#[test]
+fn the_losses_themselves_fall_with_that_order() {
+    for (way, order, tolerance, grids) in [
+        (None, 1.0, 0.15, [40, 151, 1281]),
+        (EULER, 1.0, 0.15, [40, 151, 1281]),
+        (HEUN, 2.0, 0.3, [40, 80, 151]),
+    ] {
+        let error = |n: usize| (trained_std(way, &grid_pairs(n)) - DATA_STD).abs();
+        let slope = log_log_slope(&grids.map(|n| (n as f64, error(n))));
+        assert!((slope + order).abs() < tolerance, "{way:?}: {slope}");
+    }
+}
+
 #[test]
 fn heun_is_nearer_than_euler_but_on_coarse_grids() {
     for num_scales in (11..200).chain([320, 640, 1281]) {
