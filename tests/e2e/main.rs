@@ -2,6 +2,8 @@
 
 mod data;
 mod distill;
+mod edit;
+mod eval;
 mod inform;
 mod lpips;
 mod model;

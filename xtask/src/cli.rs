@@ -81,6 +81,14 @@ All arguments go to `cm-golden`.")]
 All arguments go to `cm demo`; `cargo xtask cm demo --help` lists them.")]
     Demo(Rest),
 
+    /// Draw the gallery: every zero-shot edit, with the committed model of emoji
+    #[command(after_help = "Examples:
+  cargo xtask gallery
+  cargo xtask gallery --model runs/emoji-gallery --out out/gallery
+
+All arguments go to `cm gallery`; `cargo xtask cm gallery --help` lists them.")]
+    Gallery(Rest),
+
     /// Train on CIFAR-10 with the settings of the paper
     #[command(name = "train-cifar10")]
     #[command(after_help = "Examples:
@@ -194,6 +202,7 @@ pub fn run(cli: Cli) -> Result<u8> {
         }
         Command::Golden(rest) => runner::program("cm-golden", &[], golden_arguments(rest.args)),
         Command::Demo(rest) => runner::program("cm", &["demo"], rest.args),
+        Command::Gallery(rest) => runner::program("cm", &["gallery"], rest.args),
         Command::TrainCifar10(rest) => runner::program("cm", &["train-cifar10"], rest.args),
         Command::TrainTeacher(rest) => runner::program("cm", &["train-teacher"], rest.args),
         Command::Distill(rest) => runner::program("cm", &["distill"], rest.args),

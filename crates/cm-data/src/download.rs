@@ -8,12 +8,13 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use md5::{Digest, Md5};
+use md5::Md5;
 use sha2::Sha256;
 use ureq::Agent;
 use ureq::http::StatusCode;
 use ureq::http::header::{CONTENT_RANGE, RANGE};
 
+use crate::digest;
 use crate::error::{Error, Result, one_line};
 use crate::formats::cifar;
 
@@ -42,8 +43,8 @@ impl Checksum {
     /// [`Error::Checksum`] with both digests; [`Error::Io`] if the file cannot be read.
     pub fn check(&self, path: &Path) -> Result<()> {
         let (kind, expected, digest) = match self {
-            Self::Md5(expected) => ("MD5", expected, digest::<Md5>(path)?),
-            Self::Sha256Prefix(expected) => ("SHA-256", expected, digest::<Sha256>(path)?),
+            Self::Md5(expected) => ("MD5", expected, digest::file::<Md5>(path)?),
+            Self::Sha256Prefix(expected) => ("SHA-256", expected, digest::file::<Sha256>(path)?),
         };
         let right = match self {
             Self::Md5(_) => digest == *expected,
@@ -53,20 +54,6 @@ impl Checksum {
             return Ok(());
         }
         Err(Error::Checksum { path: path.into(), kind, expected: expected.clone(), got: digest })
-    }
-}
-
-/// A file's digest in hexadecimal digits.
-fn digest<D: Digest>(path: &Path) -> Result<String> {
-    let mut file = File::open(path).map_err(Error::io("read", path))?;
-    let mut hash = D::new();
-    let mut piece = vec![0; 1 << 16];
-    loop {
-        let got = file.read(&mut piece).map_err(Error::io("read", path))?;
-        if got == 0 {
-            return Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect());
-        }
-        hash.update(&piece[..got]);
     }
 }
 

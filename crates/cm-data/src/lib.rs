@@ -29,6 +29,7 @@
 pub mod augment;
 pub mod batch;
 pub mod dataset;
+pub mod digest;
 pub mod download;
 pub mod error;
 pub mod formats;
@@ -46,7 +47,7 @@ pub use augment::{Augment, AugmentSpec};
 pub use dataset::{Dataset, Labels, MemorySet, Sample, Shape, Subset};
 pub use error::{Error, Result};
 pub use formats::labels::LabelRule;
-pub use formats::{cifar, idx, npz};
+pub use formats::{arrays, cifar, idx, npz};
 pub use grid::{GridStyle, contact_sheet};
 pub use inspect::{InspectOptions, Inspection, Report, inspect};
 pub use loader::{Batch, Batches, Loader, LoaderSpec};

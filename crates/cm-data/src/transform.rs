@@ -1,13 +1,14 @@
 //! An encoded image of any kind to plain 8-bit pixels: decode, orient, flatten; and CHW to HWC and back.
 
 use std::io::Cursor;
+use std::path::Path;
 
 use image::{DynamicImage, GrayImage, ImageDecoder, ImageReader, Limits, RgbImage};
 use serde::{Deserialize, Serialize};
 
 use crate::dataset::Shape;
 use crate::error::{Error, Result};
-use crate::limits::{MAX_PIXELS, MAX_SIDE};
+use crate::limits::{MAX_ENCODED, MAX_PIXELS, MAX_SIDE, read_file};
 
 /// Colour of the images that a set yields.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,6 +81,14 @@ impl Plain {
         }
     }
 
+    /// The values as CHW.
+    pub fn to_chw(&self) -> Vec<u8> {
+        let (height, width) = self.size();
+        let mut chw = vec![0; self.channels().count() * height * width];
+        self.write_chw(&mut chw);
+        chw
+    }
+
     /// Writes the values as CHW; `out` holds C·H·W bytes.
     pub(crate) fn write_chw(&self, out: &mut [u8]) {
         match self {
@@ -114,6 +123,14 @@ pub(crate) fn deinterleave(shape: Shape, hwc: &[u8], chw: &mut [u8]) {
             chw[c * plane + i] = value;
         }
     }
+}
+
+/// Reads one image file, as [`decode`] does.
+///
+/// # Errors
+/// [`Error::Io`] with the file, [`Error::TooLarge`] if it is too long, and those of [`decode`].
+pub fn read(path: &Path) -> Result<Plain> {
+    decode(&read_file(path, "bytes of an image file", MAX_ENCODED)?, &path.display().to_string())
 }
 
 /// Decodes one image file: the form is told by its first bytes, EXIF orientation is applied, 16-bit values are
@@ -315,8 +332,10 @@ mod tests {
         let shape = Shape { channels: 3, height: 2, width: 5 };
         let chw: Vec<u8> = (0..30).collect();
         let mut back = vec![0; 30];
-        Plain::from_chw(shape, &chw).unwrap().write_chw(&mut back);
+        let image = Plain::from_chw(shape, &chw).unwrap();
+        image.write_chw(&mut back);
         assert_eq!(back, chw);
+        assert_eq!(image.to_chw(), chw);
         let (mut hwc, mut again) = (vec![0; 30], vec![0; 30]);
         interleave(shape, &chw, &mut hwc);
         assert_eq!(&hwc[..3], &[0, 10, 20]);

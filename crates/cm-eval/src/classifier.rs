@@ -1,9 +1,12 @@
+use std::collections::BTreeMap;
+use std::path::Path;
+
 use cm_model::torch::optim::{OptimKind, Optimizer, StepOptions};
-use cm_model::{Init, ParamPath, Params, ParamsBuilder};
+use cm_model::{Bundle, Cast, Init, ParamPath, Params, ParamsBuilder};
 use cm_schedule::rng::{Purpose, Stream, permutation};
 use tch::{Device, Kind, Tensor};
 
-use crate::{Error, Result};
+use crate::{Error, FeatureNet, Result, Seen};
 
 /// How the classifier is trained.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -90,6 +93,50 @@ impl Classifier {
         Ok(())
     }
 
+    /// Trains a classifier without labels: it learns to tell by how many quarter turns an image was turned, which takes
+    /// an eye for what the images show (Gidaris et al. 2018, arXiv 1803.07728).
+    ///
+    /// # Errors
+    /// [`Error::Input`] unless the images `[N, C, H, W]` are square.
+    pub fn train_on_rotations(images: &Tensor, spec: ClassifierSpec) -> Result<Self> {
+        let (turned, labels) = rotations(images)?;
+        Self::train(&turned, &labels, 4, spec)
+    }
+
+    /// Writes the weights with what is needed to read them again, and `about`, which says where they come from.
+    ///
+    /// # Errors
+    /// [`cm_model::Error::Io`] if the file cannot be written.
+    pub fn save(&self, path: &Path, about: &str) -> Result<()> {
+        let metadata = BTreeMap::from([
+            (KIND_KEY.to_owned(), KIND.to_owned()),
+            (ABOUT_KEY.to_owned(), about.to_owned()),
+        ]);
+        Ok(Bundle { tensors: self.params.snapshot(), metadata }.write(path)?)
+    }
+
+    /// Reads what [`Classifier::save`] wrote, for images `[C, H, W]` of the shape that it was trained on. Returns what was
+    /// said about it too.
+    ///
+    /// # Errors
+    /// [`cm_model::Error::File`] for a file of anything else or for other images; [`cm_model::Error::Io`].
+    pub fn load(path: &Path, shape: [i64; 3]) -> Result<(Self, String)> {
+        let Bundle { tensors, metadata } = Bundle::read(path)?;
+        let refuse = |problem: String| cm_model::Error::File { path: path.into(), problem };
+        let about = match (metadata.get(KIND_KEY), metadata.get(ABOUT_KEY)) {
+            (Some(kind), Some(about)) if kind == KIND => about.clone(),
+            _ => return Err(refuse("no classifier that `cm eval` trained".into()).into()),
+        };
+        let classes = tensors.get("linear1.bias").and_then(|bias| bias.size().first().copied()).unwrap_or(0);
+        let builder = ParamsBuilder::new(0, Device::Cpu);
+        let layers = Layers::build(&builder.root(), &[1, shape[0], shape[1], shape[2]], classes.max(1))?;
+        let classifier = Self { params: builder.finish(), layers };
+        classifier.params.load(&tensors, Cast::Never).map_err(|error| {
+            refuse(format!("a classifier of images of another shape than {shape:?} ({error})"))
+        })?;
+        Ok((classifier, about))
+    }
+
     /// Probabilities `[N, classes]`.
     ///
     /// # Errors
@@ -108,6 +155,50 @@ impl Classifier {
         let right = guess.eq_tensor(&Tensor::from_slice(labels)).to_kind(Kind::Double);
         Ok(right.mean(Kind::Double).double_value(&[]))
     }
+
+    /// [`Classifier::accuracy`] of one that was trained on rotations.
+    ///
+    /// # Errors
+    /// [`Error::Input`] unless the images are square; [`Error::Torch`] if they do not fit the classifier.
+    pub fn accuracy_on_rotations(&self, images: &Tensor) -> Result<f64> {
+        let (turned, labels) = rotations(images)?;
+        self.accuracy(&turned, &labels)
+    }
+}
+
+const KIND_KEY: &str = "kind";
+const KIND: &str = "classifier";
+const ABOUT_KEY: &str = "about";
+
+/// Features are those before the last layer, 128 numbers an image.
+impl FeatureNet for Classifier {
+    fn see(&self, images: &Tensor) -> Result<Seen> {
+        let _no_grad = tch::no_grad_guard();
+        let images = images.f_to_device(Device::Cpu)?;
+        let (weight, bias) = &self.layers.linears[1];
+        let (mut features, mut logits) = (Vec::new(), Vec::new());
+        for chunk in images.f_split(CHUNK, 0)? {
+            let hidden = self.layers.f_hidden(&chunk)?;
+            logits.push(hidden.f_linear(weight, Some(bias))?);
+            features.push(hidden);
+        }
+        Ok(Seen { features: Tensor::f_cat(&features, 0)?, spatial: None, logits: Tensor::f_cat(&logits, 0)? })
+    }
+}
+
+/// Images that are evaluated together.
+const CHUNK: i64 = 256;
+
+/// All images by 0, 1, 2 and 3 quarter turns, with the number of turns.
+fn rotations(images: &Tensor) -> Result<(Tensor, Vec<i64>)> {
+    let size = images.size();
+    if size.len() != 4 || size[2] != size[3] {
+        let expected = "square images [N, C, S, S]".into();
+        return Err(Error::Input { what: "images to turn", expected, got: format!("{size:?}") });
+    }
+    let turned: Vec<Tensor> = (0..4).map(|turns| images.rot90(turns, [2, 3])).collect();
+    let labels = (0..4).flat_map(|turns| std::iter::repeat_n(turns, size[0] as usize)).collect();
+    Ok((Tensor::f_cat(&turned, 0)?, labels))
 }
 
 impl Layers {
@@ -131,6 +222,10 @@ impl Layers {
     }
 
     fn f_logits(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(self.f_hidden(x)?.f_linear(&self.linears[1].0, Some(&self.linears[1].1))?)
+    }
+
+    fn f_hidden(&self, x: &Tensor) -> Result<Tensor> {
         let mut h = x.shallow_clone();
         for (index, (weight, bias)) in self.convs.iter().enumerate() {
             h = h.f_conv2d(weight, Some(bias), [1, 1], [1, 1], [1, 1], 1)?.relu();
@@ -138,8 +233,7 @@ impl Layers {
                 h = h.f_avg_pool2d([2, 2], [2, 2], [0, 0], false, true, None::<i64>)?;
             }
         }
-        let h = h.flatten(1, -1).f_linear(&self.linears[0].0, Some(&self.linears[0].1))?.relu();
-        Ok(h.f_linear(&self.linears[1].0, Some(&self.linears[1].1))?)
+        Ok(h.flatten(1, -1).f_linear(&self.linears[0].0, Some(&self.linears[0].1))?.relu())
     }
 
     fn logits(&self, x: &Tensor) -> Tensor {
@@ -182,6 +276,40 @@ mod tests {
         let sums =
             classifier.probabilities(&test).unwrap().sum_dim_intlist([1i64].as_slice(), false, Kind::Float);
         assert!((sums - 1.0).abs().max().double_value(&[]) < 1e-5);
+    }
+
+    #[test]
+    fn features_are_what_the_logits_are_made_of_and_a_file_brings_them_back() {
+        let (images, labels) = halves(64, 2);
+        let spec = ClassifierSpec { epochs: 1, ..Default::default() };
+        let classifier = Classifier::train(&images, &labels, 2, spec).unwrap();
+        let seen = classifier.see(&images).unwrap();
+        assert_eq!((seen.features.size(), seen.logits.size()), (vec![64, HIDDEN], vec![64, 2]));
+        let probabilities = classifier.probabilities(&images).unwrap();
+        assert!((seen.logits.softmax(-1, Kind::Float) - probabilities).abs().max().double_value(&[]) < 1e-6);
+
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("classifier.safetensors");
+        classifier.save(&path, "halves").unwrap();
+        let (loaded, about) = Classifier::load(&path, [1, 8, 8]).unwrap();
+        assert_eq!(about, "halves");
+        assert!(loaded.see(&images).unwrap().features.equal(&seen.features));
+        let other = Classifier::load(&path, [3, 8, 8]).unwrap_err().to_string();
+        assert!(other.contains("another shape") && !other.contains('\n'), "{other}");
+        Bundle::default().write(&path).unwrap();
+        assert!(Classifier::load(&path, [1, 8, 8]).unwrap_err().to_string().contains("no classifier"));
+    }
+
+    /// Bright left halves: a quarter turn is told by which side is bright.
+    #[test]
+    fn images_without_labels_teach_by_their_turns() {
+        let (images, labels) = halves(400, 3);
+        let left: Vec<i64> = (0..400).filter(|&i| labels[i as usize] == 0).collect();
+        let images = images.index_select(0, &Tensor::from_slice(&left));
+        let spec = ClassifierSpec { epochs: 6, ..Default::default() };
+        let classifier = Classifier::train_on_rotations(&images, spec).unwrap();
+        assert!(classifier.accuracy_on_rotations(&images).unwrap() > 0.95);
+        assert!(Classifier::train_on_rotations(&images.narrow(2, 0, 4), spec).is_err());
     }
 
     #[test]

@@ -18,6 +18,10 @@ pub enum Error {
     /// A model or its shapes do not fit.
     #[error(transparent)]
     Model(#[from] cm_model::Error),
+    /// A network does not take the images.
+    #[cfg(feature = "nets")]
+    #[error(transparent)]
+    Net(#[from] cm_net::Error),
     /// What tch lacks failed.
     #[error(transparent)]
     Backend(#[from] cm_torch::Error),

@@ -207,12 +207,13 @@ impl Moments {
             return refuse(format!("one that differs from its transpose by {skew:.1e}"));
         }
         let covariance = (covariance + transposed) / 2.0;
-        let (values, _) = covariance.f_linalg_eigh("L")?;
+        let (values, vectors) = covariance.f_linalg_eigh("L")?;
         let least = values.f_min()?.f_double_value(&[])?;
         if least < -STORED_ROUNDING * values.f_max()?.f_double_value(&[])? {
             return refuse(format!("one with the eigenvalue {least:.1e}"));
         }
-        Ok(Self { count, mean, covariance, root: OnceCell::new() })
+        let root = OnceCell::from(root_of(&values, &vectors)?);
+        Ok(Self { count, mean, covariance, root })
     }
 
     /// The covariance with divisor n in place of n − 1.
@@ -277,23 +278,23 @@ impl Moments {
         matches!(self.sample_size(), SampleSize::Singular | SampleSize::Biased)
     }
 
-    /// A matrix `A` `[D, rank]` with `A·Aᵀ = Σ`: eigenvectors times the square roots of their eigenvalues. Eigenvalues
-    /// that are nothing but rounding are left out.
     fn root(&self) -> Result<&Tensor> {
-        if self.root.get().is_none() {
-            let (values, vectors) = self.covariance.f_linalg_eigh("L")?;
-            let floor = values.f_max()?.f_double_value(&[])?.max(0.0) * self.dim() as f64 * f64::EPSILON;
-            let kept = values.f_gt(floor)?.f_nonzero()?.f_view([-1])?;
-            let roots = values.f_index_select(0, &kept)?.f_sqrt()?;
-            // A second caller's root would be the same.
-            let _ = self.root.set(vectors.f_index_select(1, &kept)?.f_mul(&roots)?);
+        if let Some(root) = self.root.get() {
+            return Ok(root);
         }
-        self.root.get().ok_or_else(|| Error::Input {
-            what: "covariance",
-            expected: "a root".into(),
-            got: "none".into(),
-        })
+        let (values, vectors) = self.covariance.f_linalg_eigh("L")?;
+        let root = root_of(&values, &vectors)?;
+        Ok(self.root.get_or_init(|| root))
     }
+}
+
+/// A matrix `A` `[D, rank]` with `A·Aᵀ = Σ`: eigenvectors times the square roots of their eigenvalues. Eigenvalues that
+/// are nothing but rounding are left out.
+fn root_of(values: &Tensor, vectors: &Tensor) -> Result<Tensor> {
+    let floor = values.f_max()?.f_double_value(&[])?.max(0.0) * values.size()[0] as f64 * f64::EPSILON;
+    let kept = values.f_gt(floor)?.f_nonzero()?.f_view([-1])?;
+    let roots = values.f_index_select(0, &kept)?.f_sqrt()?;
+    Ok(vectors.f_index_select(1, &kept)?.f_mul(&roots)?)
 }
 
 fn largest(matrix: &Tensor) -> Result<f64> {
@@ -452,7 +453,7 @@ mod tests {
     #[test]
     fn what_has_no_moments_is_refused_in_one_line() {
         let x = features(10, 4, 6);
-        let mut bad = x.copy();
+        let bad = x.copy();
         let _ = bad.get(3).narrow(0, 1, 1).fill_(f64::NAN);
         assert_eq!(
             message(Moments::of(&bad)),

@@ -41,14 +41,7 @@ pub fn package(checks: &mut Checks<'_>) -> Result<()> {
     let tolerance = Tolerance::Rel(golden.tolerance("fp32 rel")?);
     let lpips = hashed::lpips(golden, LpipsReading::Package)?;
     heads(checks, &lpips)?;
-    for name in golden.names_after("check.").map(String::from).collect::<Vec<_>>() {
-        let Some(parameter) = lpips.params().get(&name) else {
-            return problem(format!("the network has no parameter '{name}'"));
-        };
-        let recorded = format!("check.{name}");
-        let first = parameter.view(-1).narrow(0, 0, golden.want(&recorded)?.numel() as i64);
-        checks.tensor(&recorded, &first, Tolerance::Exact)?;
-    }
+    hashed::check_first_values(checks, lpips.params())?;
     let resolutions: Vec<i64> = golden.meta_json("resolutions")?;
     let images = |name: &str, side: i64| golden.input(&format!("{name}.{side}"));
     for side in &resolutions {

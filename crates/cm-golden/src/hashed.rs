@@ -4,11 +4,14 @@
 //! `u = h/2³¹ − 1` lies in [-1, 1). A weight of a convolution is `u·√(6/fan_in)`, a bias `0.05·u`, computed in f64
 //! and rounded to float32.
 
+use cm_model::Params;
 use cm_net::Lpips;
 use cm_net::lpips::{LpipsNet, LpipsReading, LpipsSpec};
 use tch::{Device, Tensor};
 
+use crate::close::Tolerance;
 use crate::golden::{Golden, Result, problem};
+use crate::report::Checks;
 
 /// FNV-1a in 32 bits.
 fn fnv1a(name: &str) -> u32 {
@@ -28,12 +31,46 @@ fn unit(offset: u32, index: u32) -> f64 {
 
 /// The parameter `name` of a network whose weights are stated by `seed`: of rank 2 or more a weight, else a bias.
 pub fn parameter(name: &str, shape: &[i64], seed: u32) -> Tensor {
-    let offset = fnv1a(name).wrapping_add(seed.wrapping_mul(0x9e37_79b9));
-    let numel: i64 = shape.iter().product();
     let fan_in: i64 = shape.iter().skip(1).product();
     let scale = if shape.len() > 1 { (6.0 / fan_in as f64).sqrt() } else { 0.05 };
-    let values: Vec<f32> = (0..numel as u32).map(|index| (unit(offset, index) * scale) as f32).collect();
-    Tensor::from_slice(&values).view(shape)
+    filled(name, shape, seed, [0.0, scale])
+}
+
+/// The parameter `name` of Inception: as [`parameter`], but for normalisations, whose scale is `1 + 0.1·u`, whose shift
+/// and mean are `0.1·u`, and whose variance is `1 + 0.5·u`.
+pub fn inception(name: &str, shape: &[i64], seed: u32) -> Tensor {
+    let normalisation = match name.rsplit_once(".bn.") {
+        Some((_, "weight")) => [1.0, 0.1],
+        Some((_, "bias" | "running_mean")) => [0.0, 0.1],
+        Some((_, "running_var")) => [1.0, 0.5],
+        _ => return parameter(name, shape, seed),
+    };
+    filled(name, shape, seed, normalisation)
+}
+
+/// `centre + scale·u`.
+fn filled(name: &str, shape: &[i64], seed: u32, [centre, scale]: [f64; 2]) -> Tensor {
+    let offset = fnv1a(name).wrapping_add(seed.wrapping_mul(0x9e37_79b9));
+    let numel: i64 = shape.iter().product();
+    let value = |index| (centre + unit(offset, index) * scale) as f32;
+    Tensor::from_slice(&(0..numel as u32).map(value).collect::<Vec<f32>>()).view(shape)
+}
+
+/// Compares the first values of parameters with those that the file holds as `check.<name>`.
+///
+/// # Errors
+/// [`crate::Problem`] if the network has no such parameter.
+pub fn check_first_values(checks: &mut Checks<'_>, params: &Params) -> Result<()> {
+    let golden = checks.golden;
+    for name in golden.names_after("check.").map(String::from).collect::<Vec<_>>() {
+        let Some(parameter) = params.get(&name) else {
+            return problem(format!("the network has no parameter '{name}'"));
+        };
+        let recorded = format!("check.{name}");
+        let first = parameter.view(-1).narrow(0, 0, golden.want(&recorded)?.numel() as i64);
+        checks.tensor(&recorded, &first, Tolerance::Exact)?;
+    }
+    Ok(())
 }
 
 /// LPIPS with a backbone by the rule and the heads of a golden file: the bundled ones, or those that it holds.

@@ -2,7 +2,7 @@
 
 use crate::golden::{Golden, Problem, Result, problem};
 use crate::report::Checks;
-use crate::{group01, group02, group03, group04, group05, group07, group09};
+use crate::{group01, group02, group03, group04, group05, group06, group07, group08, group09};
 
 /// The files that an entry is for: by the beginning of their name and, where one letter holds several kinds, by
 /// a metadata value.
@@ -103,15 +103,16 @@ pub const CHECKERS: &[Checker] = &[
     checker(all("05f"), group05::third_party::check),
     checker(all("05g"), group05::ect_generator),
     checker(all("05h"), group05::dpmpp_2m),
+    checker(all("06"), group06::check),
     checker(only("07_lpips", "net", group07::PACKAGE_NETS), group07::package),
     checker(only("07_openai_lpips", "net", &["vgg16"]), group07::openai),
     checker(only("07_openai_cd", "kind", &["CD"]), group04::teachers::consistency_distillation),
+    checker(all("08"), group08::check),
     checker(all("09"), group09::check),
 ];
 
 /// Everything that the golden files hold and that is not built yet.
-pub const PENDING: &[Pending] =
-    &[pending(all("06"), 5, "metrics"), pending(all("08"), 5, "Inception features")];
+pub const PENDING: &[Pending] = &[];
 
 /// What is to be done with a file.
 #[derive(Debug, Clone, Copy)]

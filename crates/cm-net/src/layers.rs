@@ -64,6 +64,11 @@ impl Linear {
         x.linear(&self.weight, self.bias.as_ref())
     }
 
+    /// `W·x` alone.
+    pub(crate) fn forward_unbiased(&self, x: &Tensor) -> Tensor {
+        x.linear(&self.weight, None::<&Tensor>)
+    }
+
     /// The layer on a path that stays float32 inside autocast: whatever is computed from the noise level is
     /// small and sets scale and shift of everything else.
     pub(crate) fn forward_f32(&self, x: &Tensor) -> Tensor {

@@ -11,7 +11,8 @@
 //! Weights have the names of the published files. [`save_model`] writes weights together with a [`ModelSpec`]
 //! into one safetensors file, and [`load`] makes a denoiser or a consistency function of such a file.
 //!
-//! [`Lpips`] measures how far apart two images look, for training and evaluation.
+//! [`Lpips`] measures how far apart two images look, for training and evaluation; [`Inception`] gives the features that
+//! FID and its relatives compare sets of images by.
 //!
 //! What is absent: no layer draws noise, reads a file or knows a training recipe.
 #![deny(missing_docs)]
@@ -21,6 +22,7 @@ mod dhariwal_unet;
 mod embedding;
 mod error;
 pub mod import;
+pub mod inception;
 mod layers;
 pub mod lpips;
 mod model;
@@ -33,6 +35,7 @@ mod unet_block;
 
 pub use dhariwal_unet::DhariwalUnet;
 pub use error::{Error, Result};
+pub use inception::Inception;
 pub use lpips::Lpips;
 pub use model::{
     Model, ModelFile, ModelInfo, ModelSpec, PrecondSpec, Role, inspect, load, save_model, save_tensors,

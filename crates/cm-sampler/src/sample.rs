@@ -73,8 +73,17 @@ pub fn sample_batches(
     hooks: Hooks<'_>,
     sink: &mut dyn FnMut(Range<usize>, Tensor) -> Result<()>,
 ) -> Result<()> {
-    let Hooks { noise, mut on_evaluation } = hooks;
-    for evaluation in Stream::new(method, request, noise)? {
+    let Hooks { noise, on_evaluation } = hooks;
+    drain(Stream::new(method, request, noise)?, on_evaluation, sink)
+}
+
+/// Runs a stream to its end, shows each evaluation and hands on what is finished.
+pub(crate) fn drain(
+    stream: Stream<'_, '_>,
+    mut on_evaluation: Option<&mut dyn FnMut(&Progress<'_>)>,
+    sink: &mut dyn FnMut(Range<usize>, Tensor) -> Result<()>,
+) -> Result<()> {
+    for evaluation in stream {
         let Evaluation { images, total, evaluation, evaluations, sigma, estimate, finished, .. } =
             evaluation?;
         if let Some(look) = &mut on_evaluation {

@@ -5,6 +5,7 @@ use cm_schedule::rng::Purpose;
 use cm_schedule::solver::{Ask, Walk};
 use tch::{Kind, Tensor};
 
+use crate::edit::{Measurement, impose, measured};
 use crate::sample::{Tensors, clipped};
 use crate::{Method, Request, Result};
 
@@ -23,7 +24,8 @@ pub struct Evaluation {
     pub sigma: f64,
     /// The noisy images at that level, `[B, C, H, W]` float64: image + σ·noise.
     pub x: Tensor,
-    /// The model's estimate of the clean images, of the same shape, clamped if the request says so.
+    /// The model's estimate of the clean images, of the same shape, clamped if the request says so; in an edit with what
+    /// is known put back.
     pub estimate: Tensor,
     /// The images themselves, behind their last evaluation: `[B, C, H, W]` in the dtype of [`crate::sample`].
     pub finished: Option<Tensor>,
@@ -50,6 +52,10 @@ pub struct Evaluation {
 pub struct Stream<'m, 'h> {
     method: &'m Method<'m>,
     request: Request<'m>,
+    /// What is known of the images, in an edit.
+    measurement: Option<&'m dyn Measurement>,
+    /// Where images begin, if not in noise.
+    start: Option<&'m Tensor>,
     noise: Option<&'h mut dyn NoiseSource>,
     of_the_seeds: Philox,
     /// The first image that is not begun.
@@ -73,6 +79,18 @@ impl Method<'_> {
     pub fn stream<'m>(&'m self, request: &Request<'m>) -> Result<Stream<'m, 'm>> {
         Stream::new(self, request, None)
     }
+
+    /// Edits evaluation by evaluation; [`crate::edit()`] says how an edit goes.
+    ///
+    /// # Errors
+    /// [`crate::Error`] for a request that does not fit the model; those of the measurement come with the evaluations.
+    pub fn stream_edit<'m>(
+        &'m self,
+        measurement: &'m dyn Measurement,
+        request: &Request<'m>,
+    ) -> Result<Stream<'m, 'm>> {
+        Ok(Stream { measurement: Some(measurement), ..Stream::new(self, request, None)? })
+    }
 }
 
 impl<'m, 'h> Stream<'m, 'h> {
@@ -84,7 +102,20 @@ impl<'m, 'h> Stream<'m, 'h> {
     ) -> Result<Self> {
         request.check(method.num_classes())?;
         let of_the_seeds = Philox { seed: 0, device: method.device() };
-        Ok(Self { method, request: *request, noise, of_the_seeds, next: 0, at_work: None })
+        let request = *request;
+        let (measurement, start) = (None, None);
+        Ok(Self { method, request, measurement, start, noise, of_the_seeds, next: 0, at_work: None })
+    }
+
+    /// An edit, that begins in `start` `[seeds, C, H, W]` if there is one.
+    pub(crate) fn of_edit(
+        method: &'m Method<'m>,
+        measurement: &'m dyn Measurement,
+        start: Option<&'m Tensor>,
+        request: &Request<'m>,
+        noise: Option<&'h mut dyn NoiseSource>,
+    ) -> Result<Self> {
+        Ok(Self { measurement: Some(measurement), start, ..Self::new(method, request, noise)? })
     }
 
     /// The next batch, where its walk first needs the model.
@@ -93,10 +124,24 @@ impl<'m, 'h> Stream<'m, 'h> {
         let images = self.next..total.min(self.next + self.request.batch);
         self.next = images.end;
         let cond = self.request.cond(images.clone(), method.num_classes(), method.device())?;
-        let start = self.draw(&images, 0)? * method.start();
+        let start = self.start(&images)?;
         let mut walk = Walk::new(method.plan(), start);
         self.add_noise(&images, &mut walk)?;
         Ok(AtWork { images, cond, evaluation: 0, walk })
+    }
+
+    /// The states at the first level: noise, or what is known and noise (Song et al. 2023, Algorithm 4).
+    fn start(&mut self, images: &Range<usize>) -> Result<Tensor> {
+        let method = self.method;
+        if let Some(start) = self.start {
+            let rows = start.narrow(0, images.start as i64, images.len() as i64);
+            return Ok(rows.to_device(method.device()).to_kind(Kind::Double));
+        }
+        let noise = self.draw(images, 0)? * method.start();
+        match self.measurement {
+            Some(measurement) => Ok(measured(measurement, method, images)? + noise),
+            None => Ok(noise),
+        }
     }
 
     /// The next evaluation and all that follows from it; `None` at the end.
@@ -111,14 +156,21 @@ impl<'m, 'h> Stream<'m, 'h> {
         let x = x.shallow_clone();
         let precision = self.request.precision.model_kind();
         let estimate = self.method.evaluate(&x.to_kind(precision), sigma, &work.cond)?;
-        let estimate = clipped(estimate.to_kind(Kind::Double), self.request.clip);
+        let mut estimate = clipped(estimate.to_kind(Kind::Double), self.request.clip);
+        if let Some(measurement) = self.measurement {
+            estimate = impose(measurement, &estimate, self.method.shape(), &work.images)?;
+        }
         work.walk.answer(&Tensors, estimate.shallow_clone());
         self.add_noise(&work.images, &mut work.walk)?;
         let (images, evaluation) = (work.images.clone(), work.evaluation);
         work.evaluation += 1;
         let finished = match work.walk.ask() {
-            // The last draw of noise, or the last step of a solver, may leave the range that the estimates are in.
-            Ask::Nothing => Some(clipped(work.walk.into_state(), self.request.clip).to_kind(precision)),
+            // The last draw of noise, or the last step of a solver, may leave the range that the estimates are in; but
+            // what is known of an edited image stays as it is.
+            Ask::Nothing => {
+                let clip = self.request.clip && self.measurement.is_none();
+                Some(clipped(work.walk.into_state(), clip).to_kind(precision))
+            }
             _ => {
                 self.at_work = Some(work);
                 None

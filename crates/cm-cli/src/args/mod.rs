@@ -1,6 +1,9 @@
 //! What can be typed.
 
 mod demo;
+pub mod edit;
+mod eval;
+mod gallery;
 mod model;
 mod sample;
 mod search;
@@ -12,6 +15,9 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use cm_torch::device::DeviceSpec;
 
 pub use demo::{Bar, DEMO_EXAMPLES, DemoArgs, DemoData, DemoRecipe};
+pub use edit::{EDIT_EXAMPLES, EditCommand};
+pub use eval::{EVAL_EXAMPLES, EvalArgs, Metric};
+pub use gallery::{GALLERY_EXAMPLES, GalleryArgs};
 pub use model::{ExportForm, LPIPS_KINDS, ModelCommand, StoredDtype};
 pub use sample::{SAMPLE_EXAMPLES, SampleArgs, SamplerKind};
 pub use search::{SEARCH_EXAMPLES, ScoreKind, SearchArgs};
@@ -50,6 +56,15 @@ pub enum Command {
     /// Find the time points at which several steps of a consistency model are best.
     #[command(name = "search-ts", after_help = SEARCH_EXAMPLES)]
     SearchTs(SearchArgs),
+    /// Edit pictures with a consistency model: fill in, colour, enlarge, draw, denoise, continue, morph.
+    #[command(subcommand, after_help = EDIT_EXAMPLES)]
+    Edit(EditCommand),
+    /// Draw what every edit does, with a model of the bundled emoji: the pictures of docs/gallery/.
+    #[command(after_help = GALLERY_EXAMPLES)]
+    Gallery(GalleryArgs),
+    /// Say how good images or a model's images are: FID, KID, Inception score, precision and recall.
+    #[command(after_help = EVAL_EXAMPLES)]
+    Eval(Box<EvalArgs>),
     /// Train and sample a small model on bundled data, measure it and draw pictures, in minutes on a CPU.
     #[command(after_help = DEMO_EXAMPLES)]
     Demo(DemoArgs),
@@ -231,6 +246,14 @@ pub enum FetchCommand {
         net: LpipsChoice,
         /// Folder for the files. What lies there already is not fetched again.
         #[arg(long, value_name = "DIR", default_value = "data/lpips")]
+        out: PathBuf,
+    },
+    /// Download the weights of Inception that FID is measured with (96 MB), and make the file of them that `cm eval`
+    /// reads; a torn download goes on where it stood.
+    #[command(after_help = "Example:\n  cm fetch inception")]
+    Inception {
+        /// Folder for the file. What lies there already is not fetched again.
+        #[arg(long, value_name = "DIR", default_value = "data/inception")]
         out: PathBuf,
     },
 }

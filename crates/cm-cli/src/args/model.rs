@@ -74,10 +74,12 @@ fn kinds() -> String {
     format!(
         "What the weights do not say of themselves: whether the model is a denoiser or a consistency function and, \
          for OpenAI's network, the size of images and attention heads. One of {}; or, for a network of your own, \
-         {}; or, for torchvision's weights of the networks of LPIPS, {}. Without it the kinds that fit are listed.",
+         {}; or, for torchvision's weights of the networks of LPIPS, {}; or, for those of FID's network, {}. Without it the \
+         kinds that fit are listed.",
         cm_net::import::Kind::names(),
         cm_net::import::OWN_KINDS,
-        LPIPS_KINDS
+        LPIPS_KINDS,
+        cm_net::inception::KIND
     )
 }
 
@@ -86,6 +88,7 @@ Examples:
   cm model import cd_imagenet64_l2.pt --as openai-imagenet64-cd -o cd.safetensors
   cm model import diffusers-ct_bedroom256 -o ct.safetensors
   cm model import vgg16-397923af.pth --as lpips-vgg16 -o data/lpips/lpips-vgg16.safetensors
+  cm model import pt_inception-2015-12-05-6726825d.pth --as inception -o data/inception/inception.safetensors
   cm model import own.pt --as openai:image_size=32,head_channels=64,role=denoiser -o own.safetensors";
 
 const EXPORT_EXAMPLES: &str = "\

@@ -4,8 +4,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use cm_data::download::{Checksum, Download, Progress};
-use cm_net::Lpips;
+use cm_model::{Bundle, TensorMap};
+use cm_net::inception::{FILE_NAME, convert as convert_inception};
 use cm_net::lpips::{LpipsNet, LpipsReading, LpipsSpec, convert};
+use cm_net::{Inception, Lpips};
 use indicatif::{ProgressBar, ProgressStyle};
 use tch::Device;
 
@@ -14,9 +16,13 @@ use crate::exit::{OrUsage, Outcome};
 
 /// Runs `cm fetch …`.
 pub fn fetch(command: &FetchCommand) -> Outcome {
-    let FetchCommand::Lpips { net, out } = command;
-    for net in chosen(*net) {
-        let file = lpips(net, out).or_usage()?;
+    let files = match command {
+        FetchCommand::Lpips { net, out } => {
+            chosen(*net).into_iter().map(|net| lpips(net, out)).collect::<Result<Vec<_>>>()
+        }
+        FetchCommand::Inception { out } => inception(out).map(|file| vec![file]),
+    };
+    for file in files.or_usage()? {
         println!("{}", file.display());
     }
     Ok(())
@@ -63,11 +69,15 @@ fn published(net: LpipsNet) -> &'static str {
 }
 
 fn download(net: LpipsNet, folder: &Path) -> Download {
-    let name = published(net);
+    checked(TORCHVISION, published(net), folder)
+}
+
+/// A file of PyTorch's at `place`, known by the digits in its name.
+fn checked(place: &str, name: &str, folder: &Path) -> Download {
     let digits = name.trim_end_matches(".pth").rsplit('-').next().unwrap_or_default();
     let checksum = Checksum::Sha256Prefix(digits.to_owned());
-    let otherwise = "and call this again, which makes the file of it that training reads";
-    Download::new(&format!("{TORCHVISION}/{name}"), folder.join(name), checksum, otherwise)
+    let otherwise = "and call this again, which makes the file of it that is read";
+    Download::new(&format!("{place}/{name}"), folder.join(name), checksum, otherwise)
 }
 
 /// The file of weights that LPIPS with `net` reads, made in `folder` if no whole one is there.
@@ -79,12 +89,37 @@ fn lpips(net: LpipsNet, folder: &Path) -> Result<PathBuf> {
         eprintln!("{} is there already", file.display());
         return Ok(file);
     }
-    let source = with_progress(&download(net, folder))?;
+    made(&download(net, folder), file, |tensors| convert(tensors, net))
+}
+
+/// Fetches published weights and makes `file` of them.
+fn made(
+    download: &Download,
+    file: PathBuf,
+    convert: impl FnOnce(TensorMap) -> cm_net::Result<Bundle>,
+) -> Result<PathBuf> {
+    let source = with_progress(download)?;
     let tensors = cm_net::import::read_torch(&source)?;
-    let bundle = convert(tensors, net).with_context(|| source.display().to_string())?;
-    bundle.write(&file)?;
+    convert(tensors).with_context(|| source.display().to_string())?.write(&file)?;
     eprintln!("made {} of {}, which is not needed any more", file.display(), source.display());
     Ok(file)
+}
+
+/// Where the weights of FID's network are published, and their file.
+const PYTORCH_FID: [&str; 2] = [
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights",
+    "pt_inception-2015-12-05-6726825d.pth",
+];
+
+/// The file of weights that `cm eval` reads, made in `folder` if no whole one is there.
+fn inception(folder: &Path) -> Result<PathBuf> {
+    let file = folder.join(FILE_NAME);
+    if file.is_file() && Inception::load(&file, Device::Cpu).is_ok() {
+        eprintln!("{} is there already", file.display());
+        return Ok(file);
+    }
+    let [place, name] = PYTORCH_FID;
+    made(&checked(place, name, folder), file, convert_inception)
 }
 
 #[cfg(test)]
@@ -100,6 +135,22 @@ mod tests {
             assert_eq!(download.checksum, Checksum::Sha256Prefix(digits.into()));
             assert!(download.to.starts_with("data/lpips") && download.url.ends_with(published(net)));
         }
+    }
+
+    /// What `cm eval` looks for is what fetching makes.
+    #[test]
+    fn inception_lies_where_evaluation_looks_for_it() {
+        use crate::args::{Cli, Command};
+        use clap::Parser;
+        let [place, name] = PYTORCH_FID;
+        assert_eq!(checked(place, name, Path::new("x")).checksum, Checksum::Sha256Prefix("6726825d".into()));
+        let parse = |words: [&str; 3]| Cli::try_parse_from(words).unwrap().command;
+        let (Command::Fetch(FetchCommand::Inception { out }), Command::Eval(args)) =
+            (parse(["cm", "fetch", "inception"]), parse(["cm", "eval", "digits"]))
+        else {
+            panic!("other commands")
+        };
+        assert_eq!(args.weights, out.join(FILE_NAME));
     }
 
     /// What training looks for is what fetching makes.

@@ -4,9 +4,10 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow};
-use cm_model::TensorMap;
+use cm_model::{Bundle, TensorMap};
 use cm_net::ModelFile;
 use cm_net::import::{self, Description, Kind};
+use cm_net::inception;
 use cm_net::lpips::{self, LpipsNet};
 use cm_train::gigabytes;
 
@@ -99,6 +100,9 @@ fn import(file: &Path, kind: Option<&str>, out: &Path) -> Outcome {
     if let Some(net) = kind.and_then(|kind| kind.strip_prefix("lpips-")) {
         return import_lpips(file, net, out);
     }
+    if kind == Some(inception::KIND) {
+        return import_weights(file, out, "Inception of FID", inception::convert);
+    }
     let kind = kind.map(str::parse::<Kind>).transpose().or_usage()?;
     let path = find(file)?;
     if same(&path, out) {
@@ -135,13 +139,24 @@ fn finish(bar: Option<Bar>) {
 fn import_lpips(file: &Path, net: &str, out: &Path) -> Outcome {
     let named = LpipsNet::ALL.into_iter().find(|known| known.to_string() == net);
     let net = named.with_context(|| format!("--as lpips-{net}: expected one of {LPIPS_KINDS}")).or_usage()?;
+    import_weights(file, out, &format!("LPIPS with {net}, heads v0.1"), |tensors| {
+        lpips::convert(tensors, net)
+    })
+}
+
+/// Published weights of something that measures become the file that it is read from.
+fn import_weights(
+    file: &Path,
+    out: &Path,
+    what: &str,
+    convert: impl FnOnce(TensorMap) -> cm_net::Result<Bundle>,
+) -> Outcome {
     if same(file, out) {
         return Err(anyhow!("{}: -o names the file that is read", out.display())).or_usage();
     }
     let tensors = import::read_torch(file).or_usage()?;
-    let bundle = lpips::convert(tensors, net).with_context(|| file.display().to_string()).or_usage()?;
-    bundle.write(out)?;
-    println!("{}: LPIPS with {net}, heads v0.1", out.display());
+    convert(tensors).with_context(|| file.display().to_string()).or_usage()?.write(out)?;
+    println!("{}: {what}", out.display());
     Ok(())
 }
 

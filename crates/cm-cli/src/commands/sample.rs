@@ -64,6 +64,35 @@ fn guided<'a>(args: &SampleArgs, model: &'a Model, spec: &ModelSpec) -> Result<O
     Ok(Some(Guided::new(&**denoiser, weight)?))
 }
 
+/// The shape of the images that a model makes.
+pub fn shape(args: &SampleArgs) -> Result<[i64; 3]> {
+    let source = ModelSource::find(&args.model, args.kind.as_deref(), args.ema.as_deref())?;
+    let shape = source.read()?.spec.net.image_shape();
+    Ok([shape.channels, shape.height, shape.width])
+}
+
+/// Draws the images of `args` and hands each batch on, without writing anything.
+pub fn each_batch(args: &SampleArgs, sink: &mut dyn FnMut(&tch::Tensor) -> Result<()>) -> Result<()> {
+    let source = ModelSource::find(&args.model, args.kind.as_deref(), args.ema.as_deref())?;
+    // What `auto` chooses has been said.
+    let device = cm_torch::device::resolve_with_note(&args.device)?.device;
+    let file = source.read()?;
+    let model = file.model(device, cm_model::Compute::default())?;
+    let labels = labels(args, file.spec.net.num_classes())?;
+    let name = || source.path.display().to_string();
+    let guided = guided(args, &model, &file.spec).with_context(name)?;
+    let model = guided.as_ref().map_or(ModelRef::from(&model), |guided| ModelRef::Denoiser(guided));
+    let method = Method::new(model, &steps(args, &file.spec)?).with_context(name)?;
+    let (seeds, labels) = (&args.seeds.0, labels.as_deref());
+    let request = Request { labels, batch: args.batch, clip: !args.no_clip, ..Request::new(seeds) };
+    for evaluation in method.stream(&request)? {
+        if let Some(images) = evaluation?.finished {
+            sink(&images)?;
+        }
+    }
+    Ok(())
+}
+
 /// The sampler that was asked for, or the usual one for the kind of model.
 fn steps(args: &SampleArgs, spec: &ModelSpec) -> Result<Steps> {
     let distilled_to = spec.about.get(STUDENT_STEPS).and_then(|steps| steps.parse::<usize>().ok());

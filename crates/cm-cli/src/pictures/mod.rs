@@ -1,6 +1,7 @@
 //! Pictures that people look at: grids of samples, strips of grids as training went, charts.
 
 mod chart;
+mod sheet;
 
 use std::path::Path;
 
@@ -10,6 +11,7 @@ use image::{Rgb, RgbImage, imageops};
 use tch::Tensor;
 
 pub use chart::{Chart, Series};
+pub use sheet::{Cell, Sheet, rounded, scale_of};
 
 const BACKGROUND: [u8; 3] = [32, 32, 32];
 

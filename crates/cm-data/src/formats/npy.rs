@@ -30,7 +30,7 @@ impl IntType {
     /// NumPy's `int64`, little-endian.
     pub const I64: IntType = IntType { signed: true, bytes: 8, big_endian: false };
 
-    fn parse(descr: &str) -> Option<Self> {
+    pub(crate) fn parse(descr: &str) -> Option<Self> {
         let mut chars = descr.chars();
         let order = chars.next()?;
         let signed = match chars.next()? {
@@ -148,8 +148,13 @@ impl IntArray {
     /// [`Error::Format`] on a header that is damaged or describes anything but integers in C order,
     /// [`Error::TooLarge`] or [`Error::Length`] on a size that the file cannot hold.
     pub(crate) fn read<R: Read>(input: &mut Bounded<R>) -> Result<Self> {
-        let file = input.file.clone();
         let header = read_header(input)?;
+        Self::read_body(input, header)
+    }
+
+    /// Reads what follows the header.
+    pub(crate) fn read_body<R: Read>(input: &mut Bounded<R>, header: Header) -> Result<Self> {
+        let file = input.file.clone();
         let Some(kind) = IntType::parse(&header.descr) else {
             let expected = "an array of integers (save images as uint8 and labels as int64)";
             return Err(Error::format(&file, expected, format!("dtype {}", header.descr)));
@@ -187,7 +192,7 @@ impl IntArray {
     }
 }
 
-fn read_header<R: Read>(input: &mut Bounded<R>) -> Result<Header> {
+pub(crate) fn read_header<R: Read>(input: &mut Bounded<R>) -> Result<Header> {
     let file = input.file.clone();
     let start = input.take(8, "of npy header")?;
     if &start[..6] != MAGIC {
@@ -220,11 +225,21 @@ fn read_header<R: Read>(input: &mut Bounded<R>) -> Result<Header> {
 /// # Errors
 /// The writer's own.
 pub fn write(out: &mut impl Write, kind: IntType, shape: &[usize], bytes: &[u8]) -> std::io::Result<()> {
+    write_as(out, &kind.descr(), shape, bytes)
+}
+
+/// [`write()`] for elements of the type that NumPy calls `descr`.
+pub(crate) fn write_as(
+    out: &mut impl Write,
+    descr: &str,
+    shape: &[usize],
+    bytes: &[u8],
+) -> std::io::Result<()> {
     let dims: String = match shape {
         [one] => format!("{one},"),
         many => many.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
     };
-    let mut text = format!("{{'descr': '{}', 'fortran_order': False, 'shape': ({dims}), }}", kind.descr());
+    let mut text = format!("{{'descr': '{descr}', 'fortran_order': False, 'shape': ({dims}), }}");
     // Magic, version and length take 10 bytes; NumPy aligns the elements to 64.
     let padded = (10 + text.len() + 1).next_multiple_of(64) - 10;
     text.extend(std::iter::repeat_n(' ', padded - text.len() - 1));

@@ -74,9 +74,14 @@ fn member(
     };
     let file = format!("{name}: {}", member.trim_end_matches(".npy"));
     let entry = archive.by_index(index).map_err(|e| Error::corrupt(&file, e))?;
-    // Both sizes are claims; the archive's own length is not.
-    let capacity = entry.size().min(entry.compressed_size().min(stored).saturating_mul(DEFLATE_RATIO));
+    let capacity = capacity(&entry, stored);
     IntArray::read(&mut Bounded { reader: entry, capacity, file })
+}
+
+/// The most bytes that a member of an archive of `stored` bytes can hold.
+pub(crate) fn capacity<R: Read>(entry: &zip::read::ZipFile<'_, R>, stored: u64) -> u64 {
+    // Both sizes are claims; the archive's own length is not.
+    entry.size().min(entry.compressed_size().min(stored).saturating_mul(DEFLATE_RATIO))
 }
 
 /// NHWC or NHW uint8 to a set.

@@ -1,9 +1,8 @@
 //! Group 05: samplers and edits.
 
+pub mod ablation;
 pub mod edit;
 pub mod third_party;
-
-pub mod ablation;
 
 use cm_model::{ImageShape, NoiseSource, Site};
 use cm_sampler::{Hooks, Method, Precision, Request, Solver, sample};

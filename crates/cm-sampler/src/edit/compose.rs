@@ -97,13 +97,14 @@ impl<'a> Compose<'a> {
         // An image that is there already has 0/0.
         let share = |a: &Tensor, b: &Tensor| (a / b).nan_to_num(0.0, 0.0, 0.0);
         let affine = self.there_and_back(x, images)?;
-        let (mut moved, mut residual) = (x.shallow_clone(), &affine - x);
-        let (mut way, mut square) = (residual.shallow_clone(), dot(&residual, &residual));
+        // Both change in place.
+        let (mut moved, mut residual) = (x.copy(), &affine - x);
+        let (mut way, mut square) = (residual.copy(), dot(&residual, &residual));
         for _ in 0..STEPS {
             let bent = &way - (self.there_and_back(&(x + &way), images)? - &affine);
             let step = share(&square, &dot(&way, &bent));
-            moved = moved + &way * &step;
-            residual = residual - bent * step;
+            moved += &way * &step;
+            residual -= bent * step;
             if largest(&residual) <= FOUND * (1.0 + largest(x)) {
                 break;
             }

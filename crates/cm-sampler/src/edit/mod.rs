@@ -31,13 +31,12 @@ mod times;
 
 use std::ops::Range;
 
-use cm_model::{ConsistencyFn, NoiseSource, Philox, Site};
-use cm_schedule::rng::Purpose;
-use cm_schedule::solver::execute;
+use cm_model::{ConsistencyFn, ImageShape};
 use tch::{Kind, Tensor};
 
-use crate::sample::{Tensors, clipped};
-use crate::{Hooks, Method, Progress, Request, Result, Times};
+use crate::sample::drain;
+use crate::stream::Stream;
+use crate::{Hooks, Method, Request, Result, Times};
 
 pub use colorize::{Colorize, LUMA};
 pub use compose::Compose;
@@ -156,84 +155,41 @@ fn run(
     times: &Times,
     start: Option<&Tensor>,
     request: &Request<'_>,
-    mut hooks: Hooks<'_>,
+    hooks: Hooks<'_>,
 ) -> Result<Tensor> {
     let method = Method::multistep(f, times)?;
-    request.check(method.num_classes())?;
-    let _no_grad = tch::no_grad_guard();
-    let total = request.seeds.len();
-    let mut of_the_seeds = Philox { seed: 0, device: method.device() };
+    let Hooks { noise, on_evaluation } = hooks;
+    let stream = Stream::of_edit(&method, measurement, start, request, noise)?;
     let mut results = Vec::new();
-    for first in (0..total).step_by(request.batch) {
-        let images = first..total.min(first + request.batch);
-        let noise: &mut dyn NoiseSource = match hooks.noise.as_deref_mut() {
-            Some(noise) => noise,
-            None => &mut of_the_seeds,
-        };
-        let start = start.map(|x| x.narrow(0, first as i64, images.len() as i64));
-        let work = Work { method: &method, measurement, request, images };
-        results.push(work.run(start, noise, &mut hooks.on_evaluation)?);
-    }
+    drain(stream, on_evaluation, &mut |_, images| {
+        results.push(images);
+        Ok(())
+    })?;
     Ok(Tensor::cat(&results, 0))
 }
 
-/// The images that go through the model together.
-struct Work<'a> {
-    method: &'a Method<'a>,
-    measurement: &'a dyn Measurement,
-    request: &'a Request<'a>,
-    images: Range<usize>,
+/// y of the images at the positions `images`, checked to fit the model, in float64.
+pub(crate) fn measured(
+    measurement: &dyn Measurement,
+    method: &Method<'_>,
+    images: &Range<usize>,
+) -> Result<Tensor> {
+    let y = measurement.measure(images.clone())?;
+    let all = known::check_shape("measurement", &y, method.shape())? == 1;
+    if !all {
+        known::check_images("measurement", &y, method.shape(), images.len())?;
+    }
+    Ok(y.to_device(method.device()).to_kind(Kind::Double))
 }
 
-impl Work<'_> {
-    fn run(
-        &self,
-        start: Option<Tensor>,
-        noise: &mut dyn NoiseSource,
-        on_evaluation: &mut Option<&mut dyn FnMut(&Progress<'_>)>,
-    ) -> Result<Tensor> {
-        let Work { method, request, .. } = *self;
-        let cond = request.cond(self.images.clone(), method.num_classes(), method.device())?;
-        let samples = &request.seeds[self.images.clone()];
-        // As in sampling: draw 0 is the start, draw k + 1 belongs to step k of the plan.
-        let mut draw = |index: usize| -> Result<Tensor> {
-            let site = Site { samples, step: index as u32, purpose: Purpose::Sample };
-            Ok(noise.normal(method.shape(), &site)?.to_kind(Kind::Double))
-        };
-        let start = match start {
-            Some(x) => x.to_device(method.device()).to_kind(Kind::Double),
-            None => self.measured()? + draw(0)? * method.start(),
-        };
-        let mut evaluation = 0;
-        let mut model = |x: &Tensor, sigma: f64| -> Result<Tensor> {
-            let x = x.to_kind(request.precision.model_kind());
-            let estimate = clipped(method.evaluate(&x, sigma, &cond)?.to_kind(Kind::Double), request.clip);
-            let estimate = self.measurement.impose(&estimate, self.images.clone())?;
-            known::check_images("imposed estimate", &estimate, method.shape(), self.images.len())?;
-            if let Some(on_evaluation) = on_evaluation {
-                on_evaluation(&Progress {
-                    images: self.images.clone(),
-                    total: request.seeds.len(),
-                    evaluation,
-                    evaluations: method.num_evaluations(),
-                    sigma,
-                    estimate: &estimate,
-                });
-            }
-            evaluation += 1;
-            Ok(estimate)
-        };
-        let end = execute(&Tensors, method.plan(), start, &mut model, |step| draw(step + 1))?;
-        Ok(end.to_kind(request.precision.model_kind()))
-    }
-
-    /// y, checked to fit the model.
-    fn measured(&self) -> Result<Tensor> {
-        let y = self.measurement.measure(self.images.clone())?;
-        let all = known::check_shape("measurement", &y, self.method.shape())? == 1;
-        if !all {
-            known::check_images("measurement", &y, self.method.shape(), self.images.len())?;
-        }
-        Ok(y.to_device(self.method.device()).to_kind(Kind::Double))
-    }
+/// The estimate with what is known put back, checked to still be images of the model.
+pub(crate) fn impose(
+    measurement: &dyn Measurement,
+    estimate: &Tensor,
+    shape: ImageShape,
+    images: &Range<usize>,
+) -> Result<Tensor> {
+    let imposed = measurement.impose(estimate, images.clone())?;
+    known::check_images("imposed estimate", &imposed, shape, images.len())?;
+    Ok(imposed)
 }

@@ -1,0 +1,367 @@
+//! `cm eval`: how good images are, beside those that they should look like.
+
+mod cache;
+mod input;
+mod judge;
+mod measure;
+mod report;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use cm_eval::{Measured, Moments, Parts, SampleSize, frechet_distance, kid, kid_subsets, precision_recall};
+use tch::Device;
+
+use cache::Cache;
+use input::{Input, Statistics};
+use judge::Judge;
+use report::{Figures, JudgeNote, Report, Run, Settings, Subject};
+
+use super::session;
+use crate::args::{EvalArgs, Metric};
+use crate::exit::{OrUsage, Outcome};
+
+/// The seed of the subsets of kernel distances.
+const SUBSET_SEED: u64 = 0;
+
+/// Runs `cm eval`.
+pub fn eval(args: &EvalArgs) -> Outcome {
+    if let [a, b] = &args.compare[..] {
+        let reports = [Report::read(a).or_usage()?, Report::read(b).or_usage()?];
+        let names = [a, b].map(|path| path.display().to_string());
+        print!("{}", report::compare([&names[0], &names[1]], [&reports[0], &reports[1]]));
+        return Ok(());
+    }
+    let evaluation = Evaluation::open(args).or_usage()?;
+    let report = evaluation.run()?;
+    let out = evaluation.out();
+    report.write(&out)?;
+    print!("{}", report.table());
+    println!("\n{}", out.display());
+    Ok(())
+}
+
+/// An evaluation whose inputs are open.
+struct Evaluation<'a> {
+    args: &'a EvalArgs,
+    device: Device,
+    metrics: Vec<Metric>,
+    input: Input,
+    reference: Option<Input>,
+    cache: Cache,
+}
+
+impl<'a> Evaluation<'a> {
+    fn open(args: &'a EvalArgs) -> Result<Self> {
+        let text = args.input.as_deref().context("INPUT is missing")?;
+        let device = session::device(&args.device)?;
+        let input = Input::open(text, args)?;
+        let model = matches!(input, Input::Model(_));
+        if !model && args.sample.is_some() {
+            bail!("--sample is for models, and {} has its images already", input.describe());
+        }
+        let reference = match &args.reference {
+            Some(reference) => Some(Input::open(reference, args)?),
+            None => Input::data_of_run(text)?,
+        };
+        if let Some(Input::Model(args)) = &reference {
+            bail!("--reference {}: a model; compare with data or statistics", args.model.display());
+        }
+        let metrics = metrics(args, reference.is_some())?;
+        let compared = metrics.iter().find(|metric| metric.needs_reference());
+        if let (Some(metric), None) = (compared, &reference) {
+            bail!("{} compares with other images: say with which by --reference", metric.name());
+        }
+        if let (Some(one), Some(other)) = (input.set(), reference.as_ref().and_then(Input::set))
+            && one.shape() != other.shape()
+        {
+            bail!(
+                "{}: images of {}, and those of the reference ({}) are {}; scale one of them with resolution and fit in the \
+                 data section of an experiment",
+                input.describe(),
+                one.shape(),
+                other.source(),
+                other.shape()
+            );
+        }
+        let cache = Cache::new((!args.no_cache).then_some(args.cache.as_path()));
+        Ok(Self { args, device, metrics, input, reference, cache })
+    }
+
+    fn out(&self) -> PathBuf {
+        let text = self.args.input.as_deref().unwrap_or("eval").replace(':', "-");
+        let stem = Path::new(&text).file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        self.args.out.clone().unwrap_or_else(|| Path::new("out/eval").join(stem).with_extension("json"))
+    }
+
+    fn wants(&self, metric: Metric) -> bool {
+        self.metrics.contains(&metric)
+    }
+
+    fn run(&self) -> Outcome<Report> {
+        let reference_data = self.reference.as_ref().and_then(Input::set);
+        let reference_data = reference_data.map(|set| input::digest_of(&**set)).transpose().or_usage()?;
+        let input_data = self.input.set().map(|set| input::digest_of(&**set)).transpose().or_usage()?;
+        let judges = self.judges(reference_data.as_deref(), input_data.as_deref()).or_usage()?;
+        let mut warnings = Vec::new();
+        let reference = self.reference(&judges, reference_data.as_deref())?;
+        for (judge, measured) in judges.iter().zip(&reference) {
+            self.check_count(judge, measured, "the reference", &mut warnings).or_usage()?;
+        }
+        let mut runs = Vec::new();
+        for (place, (name, measured)) in
+            self.measured(&judges, input_data.as_deref())?.into_iter().enumerate()
+        {
+            let mut figures = Figures::new();
+            for (index, (judge, measured)) in judges.iter().zip(&measured).enumerate() {
+                self.check_count(judge, measured, "the images", &mut warnings).or_usage()?;
+                figures.extend(self.figures(judge, reference.get(index), measured)?);
+            }
+            if let (0, Some(path), Some(judge), Some(first)) =
+                (place, &self.args.save_stats, judges.first(), measured.first())
+            {
+                Statistics::write(path, first, &judge.weights)?;
+                eprintln!("statistics of the {}: {}", judge.name, path.display());
+            }
+            let images = measured.first().and_then(|m| m.count).unwrap_or(0);
+            runs.push(Run { name, images, figures });
+        }
+        Ok(self.report(&judges, &reference, runs, warnings, [input_data, reference_data]))
+    }
+
+    /// The networks that are needed.
+    fn judges(&self, reference: Option<&str>, input: Option<&str>) -> Result<Vec<Judge>> {
+        let mut judges = Vec::new();
+        let (inception, classifier): (Vec<Metric>, Vec<Metric>) =
+            self.metrics.iter().partition(|metric| metric.needs_inception());
+        let nothing = self.metrics.is_empty();
+        if !inception.is_empty() || (nothing && self.args.weights.is_file() && self.args.classifier.is_none())
+        {
+            judges.push(Judge::inception(&self.args.weights, self.device)?);
+        }
+        if !classifier.is_empty() || (nothing && judges.is_empty()) {
+            // Statistics that are saved for later are of the classifier of the images themselves.
+            let of_reference = self.reference.as_ref().and_then(Input::set).zip(reference);
+            let set =
+                of_reference.or_else(|| self.input.set().zip(input).filter(|_| self.reference.is_none()));
+            let shape = match (set, self.input.set(), &self.input) {
+                (Some((set, _)), ..) | (None, Some(set), _) => judge::shape_of(&**set),
+                (None, None, Input::Model(args)) => super::sample::shape(args)?,
+                (None, None, _) => bail!("{}: statistics alone on both sides", self.input.describe()),
+            };
+            let set = set.map(|(set, data)| (&**set, data));
+            judges.push(Judge::classifier(self.args, set, shape)?);
+        }
+        Ok(judges)
+    }
+
+    /// What each network has to keep; `of_input` adds what is needed of the judged images alone.
+    fn parts(&self, judge: &Judge, of_input: bool) -> Parts {
+        let any = |metrics: &[Metric]| metrics.iter().any(|metric| self.wants(*metric));
+        let saved = of_input && self.args.save_stats.is_some();
+        match judge.classifier {
+            None => Parts {
+                moments: self.wants(Metric::Fid) || saved,
+                spatial: self.wants(Metric::Sfid),
+                score: (of_input && self.wants(Metric::Is)).then_some(self.args.is_splits),
+                features: any(&[Metric::Kid, Metric::Pr]),
+            },
+            Some(_) => Parts {
+                moments: self.wants(Metric::Fcd) || saved,
+                spatial: false,
+                score: None,
+                features: any(&[Metric::Kcd, Metric::Cpr]),
+            },
+        }
+    }
+
+    fn reference(&self, judges: &[Judge], data: Option<&str>) -> Outcome<Vec<Measured>> {
+        let wanted: Vec<_> = judges.iter().map(|judge| (judge, self.parts(judge, false))).collect();
+        let compared = self.metrics.iter().any(|metric| metric.needs_reference());
+        let (Some(reference), true) = (&self.reference, compared) else { return Ok(Vec::new()) };
+        match (reference, data) {
+            (Input::Statistics(path), _) => {
+                measure::of_statistics(Statistics::read(path).or_usage()?, &wanted)
+            }
+            (Input::Set(set), Some(data)) => {
+                measure::of_set(reference, &**set, data, &wanted, &self.cache, self.args.batch)
+            }
+            _ => Ok(Vec::new()),
+        }
+        .or_usage()
+    }
+
+    /// The judged images: by seeds for a model, else all at once.
+    fn measured(&self, judges: &[Judge], data: Option<&str>) -> Outcome<Vec<(String, Vec<Measured>)>> {
+        let wanted: Vec<_> = judges.iter().map(|judge| (judge, self.parts(judge, true))).collect();
+        let images = "images".to_owned();
+        Ok(match (&self.input, data) {
+            (Input::Set(set), Some(data)) => {
+                let batch = self.args.batch;
+                vec![(
+                    images,
+                    measure::of_set(&self.input, &**set, data, &wanted, &self.cache, batch).or_usage()?,
+                )]
+            }
+            (Input::Statistics(path), _) => {
+                let stored = Statistics::read(path).or_usage()?;
+                vec![("statistics".to_owned(), measure::of_statistics(stored, &wanted).or_usage()?)]
+            }
+            (Input::Model(sampling), _) => {
+                let mut runs = Vec::new();
+                for seeds in &self.args.seeds {
+                    let model = sampling.model.display().to_string();
+                    let mut sampling = input::sampling(&model, self.args).or_usage()?;
+                    sampling.seeds = seeds.clone();
+                    let total = seeds.0.len() as u64;
+                    let input = Input::Model(Box::new(sampling));
+                    runs.push((range(&seeds.0), measure::of_model(&input, total, &wanted, self.args.batch)?));
+                }
+                runs
+            }
+            (Input::Set(_), None) => Vec::new(),
+        })
+    }
+
+    fn figures(&self, judge: &Judge, reference: Option<&Measured>, found: &Measured) -> Result<Figures> {
+        let (mut figures, classifier) = (Figures::new(), judge.classifier.is_some());
+        let names = if classifier { ["fcd", "kcd"] } else { ["fid", "kid"] };
+        if let Some(score) = found.score {
+            figures.extend([("is".to_owned(), score.mean), ("is_std".to_owned(), score.std)]);
+        }
+        let Some(reference) = reference else { return Ok(figures) };
+        let mut distance = |name: &str, a: &Option<Moments>, b: &Option<Moments>| -> Result<()> {
+            if let (Some(a), Some(b)) = (a, b) {
+                figures.insert(name.to_owned(), frechet_distance(a, b)?);
+            }
+            Ok(())
+        };
+        distance(names[0], &reference.moments, &found.moments)?;
+        distance("sfid", &reference.spatial, &found.spatial)?;
+        if let (Some(real), Some(generated)) = (&reference.features, &found.features) {
+            let [real, generated] = [real, generated].map(|features| features.to_device(self.device));
+            let [n, m] = [&real, &generated].map(|features| features.size()[0] as u32);
+            if self.wants(if classifier { Metric::Kcd } else { Metric::Kid }) {
+                let (count, size) = (self.args.kid_subsets, self.args.kid_size);
+                let found = kid(&real, &generated, &kid_subsets(n, m, count, size, SUBSET_SEED))?;
+                figures.insert(names[1].to_owned(), found.mean);
+                figures.insert(format!("{}_std", names[1]), found.std);
+            }
+            if self.wants(if classifier { Metric::Cpr } else { Metric::Pr }) {
+                let found = precision_recall(&real, &generated, self.args.pr_k)?;
+                let prefix = if classifier { "classifier_" } else { "" };
+                figures.insert(format!("{prefix}precision"), found.precision);
+                figures.insert(format!("{prefix}recall"), found.recall);
+            }
+        }
+        Ok(figures)
+    }
+
+    /// Refuses a covariance that means nothing, and notes a distance that too few images bias.
+    fn check_count(
+        &self,
+        judge: &Judge,
+        measured: &Measured,
+        what: &str,
+        warnings: &mut Vec<String>,
+    ) -> Result<()> {
+        let fid = if judge.classifier.is_some() { "fcd" } else { "fid" };
+        for (name, moments) in [(fid, &measured.moments), ("sfid", &measured.spatial)] {
+            let Some(moments) = moments else { continue };
+            let dim = moments.dim();
+            let few = match moments.sample_size() {
+                SampleSize::Singular => Some(format!("{} images", moments.count().unwrap_or(0))),
+                SampleSize::Biased => {
+                    let count = moments.count().unwrap_or(0);
+                    let note = format!(
+                        "{name}: {count} images are few for {dim} numbers an image in {what}; the distance comes out larger \
+                         than of more, and compares with figures of as many alone"
+                    );
+                    if !warnings.contains(&note) {
+                        warnings.push(note);
+                    }
+                    None
+                }
+                SampleSize::Unknown => {
+                    let rank = moments.rank()?;
+                    (rank < dim).then(|| format!("a covariance of rank {rank}"))
+                }
+                SampleSize::Enough => None,
+            };
+            let Some(few) = few else { continue };
+            let text = format!(
+                "{name}: {what} give {few} and a feature has {dim} numbers, so the covariance is singular and the distance \
+                 means little"
+            );
+            if !self.args.allow_few {
+                bail!("{text}; take more than {dim} images, or measure kid or kcd, or say --allow-few");
+            }
+            if !warnings.contains(&text) {
+                warnings.push(text);
+            }
+        }
+        Ok(())
+    }
+
+    fn report(
+        &self,
+        judges: &[Judge],
+        reference: &[Measured],
+        runs: Vec<Run>,
+        warnings: Vec<String>,
+        [input_data, reference_data]: [Option<String>; 2],
+    ) -> Report {
+        let args = self.args;
+        let settings = Settings {
+            kid_subsets: args.kid_subsets,
+            kid_size: args.kid_size,
+            is_splits: args.is_splits,
+            pr_k: args.pr_k,
+        };
+        let model = matches!(self.input, Input::Model(_));
+        let input = Subject {
+            source: self.input.describe(),
+            sample: model.then(|| args.sample.clone().unwrap_or_else(|| "the usual sampler".to_owned())),
+            data: input_data,
+            images: runs.first().map(|run| run.images),
+        };
+        let of_reference = self.reference.as_ref().filter(|_| !reference.is_empty());
+        let of_reference = of_reference.map(|found| Subject {
+            source: found.describe(),
+            sample: None,
+            data: reference_data,
+            images: reference.first().and_then(|measured| measured.count),
+        });
+        let note = |judge: &Judge| JudgeNote {
+            name: judge.name.to_owned(),
+            weights: judge.weights.clone(),
+            classifier: judge.classifier.clone(),
+        };
+        let judges = judges.iter().map(note).collect();
+        Report { judges, warnings, ..Report::new(input, of_reference, settings, runs) }
+    }
+}
+
+/// What was asked for, or what can be measured here.
+fn metrics(args: &EvalArgs, reference: bool) -> Result<Vec<Metric>> {
+    let mut metrics = args.metrics.clone();
+    if metrics.is_empty() && (reference || args.save_stats.is_none()) {
+        metrics = match args.weights.is_file() {
+            true => vec![Metric::Fid, Metric::Kid, Metric::Is, Metric::Pr],
+            false => vec![Metric::Fcd, Metric::Kcd, Metric::Cpr],
+        };
+    }
+    metrics.sort();
+    metrics.dedup();
+    Ok(metrics)
+}
+
+/// Seeds as one would type them.
+fn range(seeds: &[u64]) -> String {
+    match (seeds.first(), seeds.last()) {
+        (Some(first), Some(last)) if last.checked_sub(*first) == Some(seeds.len() as u64 - 1) => {
+            format!("seeds {first}-{last}")
+        }
+        _ => format!("{} seeds", seeds.len()),
+    }
+}
