@@ -29,7 +29,8 @@ const PD: &[&str] = &[
     "train.optimizer.kind=adam",
 ];
 
-fn teacher(sandbox: &Sandbox) {
+/// A denoiser after 30 steps, in `edm`.
+pub fn teacher(sandbox: &Sandbox) {
     let train = sandbox.cm("train-teacher --config tiny.toml --device cpu --out edm");
     train.set(EDM).set(&["network.dropout=0"]).run().ok();
 }

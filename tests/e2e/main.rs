@@ -8,6 +8,7 @@ mod inform;
 mod lpips;
 mod model;
 mod sample;
+mod search;
 mod solvers;
 mod train;
 mod wrong;

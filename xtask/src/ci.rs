@@ -29,39 +29,49 @@ struct Step {
     took: Duration,
 }
 
+/// What a step does in the workspace's root; the golden files may lie elsewhere.
+type Work = fn(&Path, &Path) -> Result<Outcome>;
+
+/// The steps behind `setup`, cheapest first where that is possible.
+const STEPS: &[(&str, Work)] = &[
+    ("fmt", |root, _| command(cargo(&["fmt", "--all", "--check"]).current_dir(root))),
+    ("tidy", |_, _| {
+        Ok(if tidy::run()? == 0 { Outcome::Passed } else { Outcome::Failed("see above".to_owned()) })
+    }),
+    ("clippy", |_, _| {
+        let clippy =
+            ["clippy", "--release", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"];
+        command(&mut cargo(&clippy))
+    }),
+    ("doc", |_, _| {
+        let mut doc = cargo(&["doc", "--release", "--workspace", "--no-deps", "--locked"]);
+        command(doc.env("RUSTDOCFLAGS", "-D warnings"))
+    }),
+    // The command of the README, as a user gives it.
+    ("test", |root, _| command(cargo_xtask(root).arg("test"))),
+    ("golden", check_golden),
+    ("demo", |root, _| demo(root)),
+    ("outside", |root, _| outside(root)),
+    ("publish", |root, _| publish(root)),
+];
+
+/// Their names.
+pub fn step_names() -> Vec<&'static str> {
+    STEPS.iter().map(|(name, _)| *name).collect()
+}
+
 /// Runs all steps; those after a failure run too, so that one run tells all, except that nothing runs without
 /// libtorch.
 pub fn run(args: &CiArgs) -> Result<u8> {
     let root = tools::workspace_root();
     let golden = args.golden.clone().unwrap_or_else(|| root.join("../shared/golden"));
     let start = Instant::now();
-    let mut steps = Vec::new();
-    steps.push(timed("setup", || setup::ensure().map(|()| Outcome::Passed)));
+    let mut steps = vec![timed("setup", || setup::ensure().map(|()| Outcome::Passed))];
     if steps[0].outcome == Outcome::Passed {
-        steps.push(timed("fmt", || command(cargo(&["fmt", "--all", "--check"]).current_dir(&root))));
-        steps.push(timed("tidy", || {
-            Ok(if tidy::run()? == 0 { Outcome::Passed } else { Outcome::Failed("see above".to_owned()) })
-        }));
-        steps.push(timed("clippy", || {
-            command(&mut cargo(&[
-                "clippy",
-                "--release",
-                "--workspace",
-                "--all-targets",
-                "--locked",
-                "--",
-                "-D",
-                "warnings",
-            ]))
-        }));
-        steps.push(timed("doc", || {
-            let mut doc = cargo(&["doc", "--release", "--workspace", "--no-deps", "--locked"]);
-            command(doc.env("RUSTDOCFLAGS", "-D warnings"))
-        }));
-        // The command of the README, as a user gives it.
-        steps.push(timed("test", || command(cargo_xtask(&root).arg("test"))));
-        steps.push(timed("golden", || check_golden(&root, &golden)));
-        steps.push(timed("demo", || demo(&root)));
+        let wanted = |name: &str| args.only.is_empty() || args.only.iter().any(|only| only == name);
+        for (name, step) in STEPS.iter().filter(|(name, _)| wanted(name)) {
+            steps.push(timed(name, || step(&root, &golden)));
+        }
     }
     print!("{}", summary(&steps, start.elapsed()));
     Ok(u8::from(steps.iter().any(|s| matches!(s.outcome, Outcome::Failed(_)))))
@@ -112,6 +122,51 @@ fn demo(root: &Path) -> Result<Outcome> {
     }
     let mut demo = cargo_xtask(root);
     command(demo.args(["demo", "--seconds", "60", "--check", "ci", "--out"]).arg(out))
+}
+
+/// A project outside of this workspace, built and run from another folder with nothing but the lines of
+/// `cargo xtask env`. It shares the target folder, and so libtorch's bindings as far as features are the same.
+fn outside(root: &Path) -> Result<Outcome> {
+    let project = root.join("tests/downstream");
+    // Its own lock file would fall behind; cargo takes out of this one what it needs.
+    fs::copy(root.join("Cargo.lock"), project.join("Cargo.lock")).context("cannot copy Cargo.lock")?;
+    let lines = cargo_xtask(root).arg("env").output().context("cannot start cargo xtask env")?;
+    if !lines.status.success() {
+        let why = String::from_utf8_lossy(&lines.stderr);
+        return Ok(Outcome::Failed(why.lines().last().unwrap_or_default().to_owned()));
+    }
+    let release = built("xtask")?;
+    let target = release.ancestors().nth(2).context("this program lies in no target folder")?;
+    let elsewhere = target.join("ci-outside");
+    if elsewhere.exists() {
+        fs::remove_dir_all(&elsewhere).with_context(|| format!("cannot empty {}", elsewhere.display()))?;
+    }
+    fs::create_dir(&elsewhere).with_context(|| format!("cannot make {}", elsewhere.display()))?;
+    let script = format!("set -e\n{}\n{OUTSIDE}", String::from_utf8_lossy(&lines.stdout));
+    let mut shell = Command::new("sh");
+    shell.arg("-c").arg(script).arg(cargo(&["build"]).get_program()).arg(project.join("Cargo.toml"));
+    shell.current_dir(elsewhere).env("CARGO_TARGET_DIR", target);
+    for name in ["LIBTORCH", "LIBTORCH_USE_PYTORCH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH"] {
+        shell.env_remove(name);
+    }
+    command(&mut shell)
+}
+
+/// What a user types after `eval "$(cargo xtask env)"`; `$0` is cargo, `$1` the manifest. The program is called
+/// once more by itself, since the lines are to serve what was built too.
+const OUTSIDE: &str = r#"
+"$0" build --release --manifest-path "$1"
+"$0" run --release --manifest-path "$1" -p downstream-bare
+"$CARGO_TARGET_DIR/release/downstream-picture" picture.ppm
+test -s picture.ppm
+"#;
+
+/// What would be published. Nothing is compiled: the crates are those that were tested, and compiling what was packed
+/// would compile libtorch's bindings once more.
+fn publish(root: &Path) -> Result<Outcome> {
+    let mut publish =
+        cargo(&["publish", "--workspace", "--dry-run", "--no-verify", "--allow-dirty", "--locked"]);
+    command(publish.current_dir(root))
 }
 
 fn summary(steps: &[Step], total: Duration) -> String {

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use anyhow::Result;
+use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand};
 
 use crate::{ci, doctor, exports, runner, setup, tidy, tools};
@@ -33,9 +34,9 @@ enum Command {
   cargo xtask setup --dir /opt/torch  elsewhere, to be shared by several checkouts")]
     Setup(SetupArgs),
 
-    /// Print the exports that let other workspaces build against this libtorch
+    /// Print the exports with which other workspaces build against this libtorch and run what they built
     #[command(after_help = "Example:
-  eval \"$(cargo xtask env)\"")]
+  eval \"$(cargo xtask env)\"         here; then cargo build or cargo run, in any folder")]
     Env,
 
     /// Say what this machine has, what is missing and what to do about it (exit code 1 if work is blocked)
@@ -133,10 +134,11 @@ All arguments go to `cm fetch`; `cargo xtask cm fetch --help` lists them.")]
     /// Check the crate graph and the sources against the rules of docs/architecture.md
     Tidy,
 
-    /// Run what CI runs: setup, formatting, tidy, clippy, docs, tests, golden numbers, a short demo
+    /// Run what CI runs: setup, formatting, tidy, clippy, docs, tests, golden numbers, a short demo, a project outside
     #[command(after_help = "Examples:
   cargo xtask ci
-  cargo xtask ci --golden DIR         where the full set of golden files lies")]
+  cargo xtask ci --golden DIR         where the full set of golden files lies
+  cargo xtask ci --only outside       a project of its own that uses the library")]
     Ci(CiArgs),
 }
 
@@ -180,6 +182,9 @@ pub struct CiArgs {
     /// Folder with the full set of golden files; left out where it does not exist
     #[arg(long, value_name = "DIR")]
     pub golden: Option<PathBuf>,
+    /// Run this step alone (and setup); may be given several times
+    #[arg(long, value_name = "STEP", value_parser = PossibleValuesParser::new(ci::step_names()))]
+    pub only: Vec<String>,
 }
 
 /// Runs one command and returns its exit code.

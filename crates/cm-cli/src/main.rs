@@ -43,6 +43,7 @@ fn run(command: &Command) -> exit::Outcome {
         Command::TrainTeacher(args) => commands::train::train_teacher(args),
         Command::Distill(args) => commands::distill::distill(args),
         Command::Sample(args) => commands::sample::sample(args),
+        Command::SearchTs(args) => commands::search_ts::search_ts(args),
         Command::Edit(command) => commands::edit::edit(command),
         Command::Gallery(args) => commands::gallery::gallery(args),
         Command::Eval(args) => commands::eval::eval(args),

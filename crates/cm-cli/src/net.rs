@@ -13,9 +13,9 @@ use crate::experiment::Experiment;
 /// A model in training.
 pub enum Net {
     /// `f(x, σ)`.
-    Consistency(Preconditioned<Box<dyn Backbone>, Boundary>),
+    Consistency(Preconditioned<Box<dyn Backbone + Send>, Boundary>),
     /// `D(x; σ)`.
-    Denoiser(Preconditioned<Box<dyn Backbone>, Edm>),
+    Denoiser(Preconditioned<Box<dyn Backbone + Send>, Edm>),
 }
 
 /// Levels of Heun's method for a denoiser where none are named: EDM's choice for CIFAR-10.

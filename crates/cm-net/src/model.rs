@@ -227,7 +227,7 @@ impl ModelFile {
     /// # Errors
     /// [`Error::NotAModel`] for a description of a network that cannot be; [`Error::Weights`] with every difference
     /// between the file and the network that it describes.
-    pub fn backbone(&self, device: Device) -> Result<Box<dyn Backbone>> {
+    pub fn backbone(&self, device: Device) -> Result<Box<dyn Backbone + Send>> {
         let net = built(&self.path, &self.spec.net, ParamsBuilder::unset(device))?;
         net.params().set_requires_grad(false);
         let load = net.params().load(&self.tensors, Cast::Floats);
@@ -259,11 +259,14 @@ impl ModelFile {
 }
 
 /// A model of either kind, as it comes out of a file.
+///
+/// It can be sent to another thread, and not be shared by two at a time (it is `Send` and not `Sync`, as tensors
+/// are): a service has a model for each of its threads, or one thread with the model and a channel to it.
 pub enum Model {
     /// For the ODE solvers.
-    Denoiser(Box<dyn Denoiser>),
+    Denoiser(Box<dyn Denoiser + Send>),
     /// For one-step and multistep sampling.
-    Consistency(Box<dyn ConsistencyFn>),
+    Consistency(Box<dyn ConsistencyFn + Send>),
 }
 
 impl std::fmt::Debug for Model {
@@ -308,7 +311,7 @@ impl Model {
     ///
     /// # Errors
     /// [`Error::WrongRole`] if it is a consistency function.
-    pub fn into_denoiser(self) -> Result<Box<dyn Denoiser>> {
+    pub fn into_denoiser(self) -> Result<Box<dyn Denoiser + Send>> {
         match self {
             Model::Denoiser(model) => Ok(model),
             Model::Consistency(_) => Err(self.is_no(Role::Denoiser)),
@@ -319,7 +322,7 @@ impl Model {
     ///
     /// # Errors
     /// [`Error::WrongRole`] if it is a denoiser.
-    pub fn into_consistency(self) -> Result<Box<dyn ConsistencyFn>> {
+    pub fn into_consistency(self) -> Result<Box<dyn ConsistencyFn + Send>> {
         match self {
             Model::Consistency(model) => Ok(model),
             Model::Denoiser(_) => Err(self.is_no(Role::Consistency)),
@@ -346,7 +349,7 @@ pub fn load(path: &Path, device: Device) -> Result<Model> {
 }
 
 /// The network that a file describes; errors name the file.
-pub(crate) fn built(path: &Path, net: &NetSpec, builder: ParamsBuilder) -> Result<Box<dyn Backbone>> {
+pub(crate) fn built(path: &Path, net: &NetSpec, builder: ParamsBuilder) -> Result<Box<dyn Backbone + Send>> {
     net.build_with(builder).map_err(|e| Error::NotAModel { path: path.into(), problem: e.to_string() })
 }
 

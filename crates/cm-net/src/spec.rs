@@ -197,7 +197,7 @@ impl From<OpenaiUnetSpec> for NetSpec {
 ///
 /// # Errors
 /// [`Error::Option`] for options that do not go together.
-pub fn build(spec: &NetSpec, seed: u64, device: Device) -> Result<Box<dyn Backbone>> {
+pub fn build(spec: &NetSpec, seed: u64, device: Device) -> Result<Box<dyn Backbone + Send>> {
     spec.build_with(ParamsBuilder::new(seed, device))
 }
 
@@ -206,7 +206,7 @@ impl NetSpec {
     ///
     /// # Errors
     /// [`Error::Option`] for options that do not go together.
-    pub fn build_with(&self, builder: ParamsBuilder) -> Result<Box<dyn Backbone>> {
+    pub fn build_with(&self, builder: ParamsBuilder) -> Result<Box<dyn Backbone + Send>> {
         Ok(match self {
             NetSpec::SongUnet(spec) => Box::new(SongUnet::new(spec, builder)?),
             NetSpec::DhariwalUnet(spec) => Box::new(DhariwalUnet::new(spec, builder)?),

@@ -12,7 +12,7 @@ use cm_net::{DhariwalUnet, DhariwalUnetSpec, NetSpec, SongUnet, SongUnetSpec, bu
 use common::{adm, all, fill, ncsnpp, rel, wave};
 use tch::{Device, Kind, Tensor};
 
-type Model = Preconditioned<Box<dyn cm_model::Backbone>, Boundary>;
+type Model = Preconditioned<Box<dyn cm_model::Backbone + Send>, Boundary>;
 
 fn model(spec: &NetSpec) -> Model {
     let net = build(spec, 1, Device::Cpu).unwrap();

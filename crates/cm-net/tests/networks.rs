@@ -13,7 +13,7 @@ use tch::{Device, Kind, Tensor};
 const CPU: Device = Device::Cpu;
 
 /// A network with every weight filled, and an input for it.
-fn filled(spec: &NetSpec) -> (Box<dyn Backbone>, Tensor, Tensor, Cond) {
+fn filled(spec: &NetSpec) -> (Box<dyn Backbone + Send>, Tensor, Tensor, Cond) {
     let net = build(spec, 1, CPU).unwrap();
     fill(net.params());
     let cond = Cond::labels(&[0, 3, 4], net.num_classes(), CPU).unwrap();

@@ -1,7 +1,18 @@
 /// Result of this crate.
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What can be wrong with a request for samples.
+/// What can be wrong with a model, or with a request for samples.
+///
+/// This is the only error type that a program meets that uses this crate alone: what the crates below say is in it.
+///
+/// ```
+/// # #[cfg(feature = "nets")] {
+/// use cm_sampler::{Error, load, tch::Device};
+/// let error = load("no-such-file.safetensors", Device::Cpu).unwrap_err();
+/// assert!(matches!(error, Error::Model(cm_sampler::model::Error::Io { .. })));
+/// assert!(error.to_string().starts_with("no-such-file.safetensors: "));
+/// # }
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -86,9 +97,44 @@ pub enum Error {
     /// Time points or noise levels that no sampler can walk along.
     #[error(transparent)]
     Schedule(#[from] cm_schedule::Error),
+    /// More time points than there is room for.
+    #[error(
+        "{points} time points on a grid of {steps}: expected from 1 to {}, since the ends of the grid are not \
+         searched", .steps.saturating_sub(2)
+    )]
+    NoRoom {
+        /// Number of points that were asked for.
+        points: usize,
+        /// Number of levels of the grid.
+        steps: usize,
+    },
+    /// A score that cannot be compared with others.
+    #[error("the score of time points {ts:?} is {score}: expected a finite number")]
+    Score {
+        /// The time points.
+        ts: Vec<usize>,
+        /// The score.
+        score: f64,
+    },
     /// The model or the noise source refused.
     #[error(transparent)]
     Model(#[from] cm_model::Error),
+    /// A file holds no model that can be used, or its weights do not say enough.
+    #[cfg(feature = "nets")]
+    #[error(transparent)]
+    Nets(cm_net::Error),
+}
+
+#[cfg(feature = "nets")]
+impl From<cm_net::Error> for Error {
+    fn from(error: cm_net::Error) -> Self {
+        match error {
+            cm_net::Error::Model(error) => Error::Model(error),
+            cm_net::Error::WrongRole { wanted: cm_net::Role::Denoiser, .. } => Error::NeedsDenoiser,
+            cm_net::Error::WrongRole { wanted: cm_net::Role::Consistency, .. } => Error::NeedsConsistency,
+            error => Error::Nets(error),
+        }
+    }
 }
 
 impl From<tch::TchError> for Error {

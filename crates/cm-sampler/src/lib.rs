@@ -21,22 +21,28 @@
 //!
 //! This crate is the only dependency that a project needs: [`model`] has the traits and types of models,
 //! [`schedule`] the noise levels, [`tch`] the tensors. With the default feature `nets` there are also `nets`, the
-//! networks, and `load`, which makes a denoiser or a consistency function of a model file.
+//! networks, and `load`, which makes a denoiser or a consistency function of a model in any published form.
+//!
+//! Models can be sent to another thread and not be shared: they are `Send` and not `Sync`, as libtorch's tensors
+//! are. A service loads one for each worker, or gives one to a thread that takes requests from a channel.
 #![deny(missing_docs)]
 
 mod batch;
 pub mod edit;
 mod error;
 mod guided;
+#[cfg(feature = "nets")]
+mod load;
 mod method;
 mod model_ref;
 mod request;
 mod sample;
+pub mod search;
 mod stream;
 
 pub use cm_model as model;
 #[cfg(feature = "nets")]
-pub use cm_net::{self as nets, load};
+pub use cm_net::{self as nets, Model, Role, import::Kind};
 pub use cm_schedule as schedule;
 pub use tch;
 
@@ -44,6 +50,8 @@ pub use batch::{Job, Sampler, SamplerOptions};
 pub use edit::edit;
 pub use error::{Error, Result};
 pub use guided::Guided;
+#[cfg(feature = "nets")]
+pub use load::{load, load_as};
 pub use method::{Method, Solver, Steps, Times};
 pub use model_ref::ModelRef;
 pub use request::{Hooks, Precision, Progress, Request};

@@ -33,7 +33,7 @@ fn spec(num_classes: i64) -> NetSpec {
 }
 
 /// A network whose residual branches are not near zero, as those of a fresh one are.
-fn network(num_classes: i64) -> Box<dyn cm_sampler::model::Backbone> {
+fn network(num_classes: i64) -> Box<dyn cm_sampler::model::Backbone + Send> {
     let net = build(&spec(num_classes), 1, Device::Cpu).unwrap();
     let _no_grad = tch::no_grad_guard();
     tch::manual_seed(2);

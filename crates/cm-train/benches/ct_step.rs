@@ -27,7 +27,7 @@ use cm_train::{Batch, Levels, Metric, Networks, PairRule, TargetRule, TrainSpec,
 use criterion::{BenchmarkId, Criterion, SamplingMode, criterion_group, criterion_main};
 use tch::{Device, Kind, Tensor};
 
-type Model = Preconditioned<Box<dyn Backbone>, Boundary>;
+type Model = Preconditioned<Box<dyn Backbone + Send>, Boundary>;
 
 fn digits() -> SongUnetSpec {
     SongUnetSpec {

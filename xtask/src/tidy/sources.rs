@@ -1,5 +1,7 @@
-//! Rules about files: where C++ and `unsafe` live, how long a file may be, no paths of one machine.
+//! Rules about files: where C++ and `unsafe` live, how long a file may be, how much a crate may bundle, no paths of
+//! one machine.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -12,6 +14,8 @@ use super::lexer;
 const MAX_LINES: usize = 800;
 /// Tables and maps of names, which are long because what they list is long.
 const MAY_BE_LONG: &[&str] = &[];
+/// What a published crate may bundle in its folder `assets`, in bytes.
+const MAX_ASSETS: u64 = 6_000_000;
 /// The one folder of C++ and, but for the file below, of `unsafe`.
 const BRIDGE: &str = "crates/cm-torch/";
 const MEMORY_MAP: &str = "crates/cm-data/src/mmap.rs";
@@ -27,7 +31,12 @@ const MACHINE_FOLDERS: &[&str] =
 /// All breaches in the files under `root`.
 pub fn check(root: &Path) -> Result<Vec<String>> {
     let mut breaches = Vec::new();
+    let mut assets = BTreeMap::new();
     for file in files(root)? {
+        if let Some(folder) = assets_folder(&file) {
+            let bytes = fs::metadata(root.join(&file)).map_or(0, |file| file.len());
+            *assets.entry(folder.to_owned()).or_insert(0) += bytes;
+        }
         let extension = file.rsplit_once('.').map_or("", |(_, extension)| extension);
         if CPP.contains(&extension) && !file.starts_with(BRIDGE) {
             breaches.push(format!("{file}: C and C++ live in {BRIDGE} alone"));
@@ -36,7 +45,17 @@ pub fn check(root: &Path) -> Result<Vec<String>> {
         let Ok(text) = fs::read_to_string(root.join(&file)) else { continue };
         breaches.extend(check_text(&file, extension, &text));
     }
+    let too_large = assets.into_iter().filter(|(_, bytes)| *bytes > MAX_ASSETS);
+    breaches
+        .extend(too_large.map(|(folder, bytes)| format!("{folder}: {bytes} bytes, at most {MAX_ASSETS}")));
     Ok(breaches)
+}
+
+/// `crates/NAME/assets` of a file below it.
+fn assets_folder(file: &str) -> Option<&str> {
+    let (folder, _) = file.split_once("/assets/")?;
+    let name = folder.strip_prefix("crates/")?;
+    (!name.contains('/')).then(|| &file[..folder.len() + "/assets".len()])
 }
 
 fn check_text(file: &str, extension: &str, text: &str) -> Vec<String> {
@@ -133,6 +152,22 @@ mod tests {
         assert_eq!(said("a.rs", &at_most), [""; 0]);
         assert_eq!(said("a.rs", &(at_most.clone() + "a\n")), ["a.rs: 801 lines, at most 800"]);
         assert_eq!(said("a.csv", &(at_most + "a\n")), [""; 0]);
+    }
+
+    #[test]
+    fn a_crate_that_bundles_too_much_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        for (file, bytes) in
+            [("cm-a/assets/x", 3_000_000), ("cm-a/assets/y/z", 3_000_000), ("cm-b/assets/x", 1)]
+        {
+            let path = dir.path().join("crates").join(file);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, vec![0; bytes]).unwrap();
+        }
+        assert_eq!(check(dir.path()).unwrap(), [""; 0]);
+        fs::write(dir.path().join("crates/cm-a/assets/one-more"), "1").unwrap();
+        assert_eq!(check(dir.path()).unwrap(), ["crates/cm-a/assets: 6000001 bytes, at most 6000000"]);
+        assert_eq!(assets_folder("crates/cm-a/src/assets/x"), None);
     }
 
     #[test]

@@ -6,6 +6,7 @@ mod eval;
 mod gallery;
 mod model;
 mod sample;
+mod search;
 
 use std::path::PathBuf;
 
@@ -19,6 +20,7 @@ pub use eval::{EVAL_EXAMPLES, EvalArgs, Metric};
 pub use gallery::{GALLERY_EXAMPLES, GalleryArgs};
 pub use model::{ExportForm, LPIPS_KINDS, ModelCommand, StoredDtype};
 pub use sample::{SAMPLE_EXAMPLES, SampleArgs, SamplerKind};
+pub use search::{SEARCH_EXAMPLES, ScoreKind, SearchArgs};
 
 /// Consistency models: train them, sample them in one step, look inside.
 #[derive(Debug, Parser)]
@@ -51,6 +53,9 @@ pub enum Command {
     /// Make images with a trained model.
     #[command(after_help = SAMPLE_EXAMPLES)]
     Sample(SampleArgs),
+    /// Find the time points at which several steps of a consistency model are best.
+    #[command(name = "search-ts", after_help = SEARCH_EXAMPLES)]
+    SearchTs(SearchArgs),
     /// Edit pictures with a consistency model: fill in, colour, enlarge, draw, denoise, continue, morph.
     #[command(subcommand, after_help = EDIT_EXAMPLES)]
     Edit(EditCommand),

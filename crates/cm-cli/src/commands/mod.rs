@@ -12,5 +12,6 @@ pub mod gallery;
 pub mod model;
 pub mod preset;
 pub mod sample;
+pub mod search_ts;
 pub mod session;
 pub mod train;

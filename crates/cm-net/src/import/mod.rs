@@ -359,7 +359,7 @@ fn choices(found: &Architecture) -> String {
             )
         }
     };
-    format!("Say it with --as KIND: {choices}")
+    format!("Say it with --as KIND (in code, load_as): {choices}")
 }
 
 pub(crate) fn problem(path: &Path, problem: String) -> Error {

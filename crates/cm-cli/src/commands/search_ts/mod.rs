@@ -1,0 +1,173 @@
+//! `cm search-ts`: the time points of multistep sampling, by greedy ternary search against a score.
+
+mod log;
+mod score;
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use cm_data::{Fit, SourceKind, SourceSpec};
+use cm_model::{Compute, ConsistencyFn, ImageShape, TensorMap};
+use cm_net::import::{self, NUM_SCALES};
+use cm_net::{ModelFile, ModelSpec};
+use cm_sampler::search::{Scored, TimeSearch};
+use cm_sampler::{Hooks, Method, Request, Times, sample_batches};
+use log::{Log, Settings};
+use score::Score;
+
+use super::session;
+use crate::args::{ScoreKind, SearchArgs};
+use crate::config::Source;
+use crate::exit::{OrUsage, Outcome};
+use crate::experiment::Experiment;
+use crate::runs::{self, CONFIG_FILE};
+use crate::ui::{Bar, clock};
+
+/// Points of the grid where neither the command nor the model says how many: those of the published time points.
+const GRID: usize = 40;
+
+/// Runs `cm search-ts`.
+pub fn search_ts(args: &SearchArgs) -> Outcome {
+    let (path, file) = read(args).or_usage()?;
+    let steps = args.steps.map_or_else(|| grid_of(&file.spec), Ok).or_usage()?;
+    let search = TimeSearch::new(args.points, steps).or_usage()?;
+    let device = session::device(&args.device).or_usage()?;
+    let f = file.model(device, Compute::default()).and_then(cm_net::Model::into_consistency);
+    let f = f.with_context(|| path.display().to_string()).or_usage()?;
+    let data = data_of(args, f.shape()).or_usage()?;
+    let set = data.open().or_usage()?;
+    let settings = Settings {
+        model: checksum(&file.tensors),
+        steps,
+        rho: file.spec.precond.rho,
+        score: args.score,
+        samples: args.samples,
+        data: format!("{}, {} images", set.source(), set.len()),
+    };
+    let at = args.log.clone().unwrap_or_else(|| beside(&path, args.score, steps));
+    let mut log = Log::open(&at, &settings).or_usage()?;
+    eprintln!("log: {} ({} evaluations known)", at.display(), log.known.len());
+    let score = Score::of(args.score, set.as_ref(), f.shape()).or_usage()?;
+
+    let sampler = Sampler { f: f.as_ref(), args, steps, rho: settings.rho };
+    let most = search.most_evaluations();
+    let mut known = std::mem::take(&mut log.known);
+    let started = std::time::Instant::now();
+    let mut count = 0;
+    let found = search.run(&mut known, |ts| -> Result<f64> {
+        count += 1;
+        let score = sampler.score(ts, &score)?;
+        log.write(&Scored { ts: ts.to_vec(), score })?;
+        let took = clock(started.elapsed().as_secs_f64());
+        eprintln!("{count} of at most {most}: ts {} gives {score:.6} ({took})", list(ts));
+        Ok(score)
+    })?;
+    let value = found.score.map(|score| format!(", with a score of {score:.6}")).unwrap_or_default();
+    println!("best: {}{value}", list(&found.ts));
+    println!(
+        "use:  cm sample {} --sampler multistep --ts {} --steps {steps}",
+        args.model.display(),
+        list(&found.ts)
+    );
+    Ok(())
+}
+
+/// The model, and the file or folder that it lies in.
+fn read(args: &SearchArgs) -> Result<(PathBuf, ModelFile)> {
+    let path = match import::is_diffusers_folder(&args.model) {
+        true => args.model.clone(),
+        false => runs::find_model(&args.model, args.ema.as_deref())?,
+    };
+    let kind = args.kind.as_deref().map(str::parse).transpose()?;
+    let file = import::load_any(&path, kind)?;
+    Ok((path, file))
+}
+
+fn grid_of(spec: &ModelSpec) -> Result<usize> {
+    let Some(said) = spec.about.get(NUM_SCALES) else { return Ok(GRID) };
+    said.parse().with_context(|| format!("the model says {NUM_SCALES} = {said}: expected a number"))
+}
+
+/// What the samples are to come near to.
+fn data_of(args: &SearchArgs, shape: ImageShape) -> Result<SourceSpec> {
+    let config = args.model.join(CONFIG_FILE);
+    let mut spec = match &args.data {
+        Some(path) => {
+            let kind = cm_data::inspect::detect(path)?;
+            let bundled = matches!(kind, SourceKind::Digits | SourceKind::Emoji);
+            SourceSpec::new(kind, (!bundled).then(|| path.clone()))
+        }
+        None if config.is_file() => Experiment::read(&Source::find(&config.to_string_lossy())?, &[])?.data,
+        None => bail!(
+            "--data: the images to come near to are missing; expected digits, emoji, or a folder or file of images \
+             (a run folder brings its own)"
+        ),
+    };
+    if args.data.is_some() {
+        spec.resolution = usize::try_from(shape.height).ok();
+        spec.fit = Fit::CenterCrop;
+        spec.channels =
+            Some(if shape.channels == 1 { cm_data::Channels::Grey } else { cm_data::Channels::Rgb });
+    }
+    Ok(spec)
+}
+
+/// `model.safetensors` has its log in `model.search-ts-pixels-40.jsonl`: another grid or score is another log.
+fn beside(model: &Path, score: ScoreKind, steps: usize) -> PathBuf {
+    let ScoreKind::Pixels = score;
+    let mut name = model.file_stem().map_or_else(|| OsString::from("model"), OsString::from);
+    name.push(format!(".search-ts-pixels-{steps}.jsonl"));
+    model.with_file_name(name)
+}
+
+/// CRC-32 of names and weights: a model that was trained further under the same name is another model.
+fn checksum(tensors: &TensorMap) -> String {
+    let mut hasher = crc32fast::Hasher::new();
+    for (name, tensor) in tensors {
+        hasher.update(name.as_bytes());
+        let flat = tensor.contiguous().view([-1]);
+        let mut bytes = vec![0; flat.numel() * flat.kind().elt_size_in_bytes()];
+        flat.copy_data_u8(&mut bytes, flat.numel());
+        hasher.update(&bytes);
+    }
+    format!("{:08x}", hasher.finalize())
+}
+
+fn list(ts: &[usize]) -> String {
+    ts.iter().map(usize::to_string).collect::<Vec<_>>().join(",")
+}
+
+/// What samples with given time points.
+struct Sampler<'a> {
+    f: &'a dyn ConsistencyFn,
+    args: &'a SearchArgs,
+    steps: usize,
+    rho: f64,
+}
+
+impl Sampler<'_> {
+    /// Samples with the points `ts`, always the same seeds, and scores what comes out.
+    fn score(&self, ts: &[usize], score: &Score) -> Result<f64> {
+        let times = Times::Indices { ts: ts.to_vec(), steps: self.steps, rho: self.rho };
+        let method = Method::multistep(self.f, &times)?;
+        let seeds: Vec<u64> = (0..self.args.samples as u64).collect();
+        let classes = self.f.num_classes();
+        let labels: Vec<i64> = seeds.iter().map(|&seed| seed as i64 % classes.max(1)).collect();
+        let labels = (classes > 0).then_some(labels.as_slice());
+        let request = Request { labels, batch: self.args.batch, ..Request::new(&seeds) };
+        let mut bar = Bar::new("sample", "images", 0, seeds.len() as u64);
+        let mut running = score.start();
+        let mut failed = None;
+        sample_batches(&method, &request, Hooks::default(), &mut |range, images| {
+            failed = failed.take().or_else(|| running.add(&images).err());
+            bar.set(range.end as u64, format!("ts {}", list(ts)));
+            Ok(())
+        })?;
+        bar.finish();
+        if let Some(error) = failed {
+            return Err(error);
+        }
+        running.finish()
+    }
+}

@@ -1,0 +1,83 @@
+//! What does sampling cost beside the network? One step of 64 images is held against the bare network's forward at
+//! that batch, on the network of `configs/emoji-ect.toml`: at most 1.05 times as long.
+//!
+//! A state in float64, the noise, the preconditioning and the clamp are what may cost; a small network is where they
+//! show. The two are timed in turn, and the ratio of the shortest times is printed last: whatever else the machine does
+//! can only make a run longer.
+
+#![allow(missing_docs)] // criterion's macro makes a public function
+#![allow(clippy::print_stdout)] // the ratio is the answer
+
+use std::time::{Duration, Instant};
+
+use cm_sampler::model::{Backbone, Cond, Preconditioned};
+use cm_sampler::nets::{NetSpec, SongUnetSpec, build};
+use cm_sampler::schedule::{Boundary, NoiseCond, SigmaRange};
+use cm_sampler::tch::{self, Device, Kind, Tensor};
+use cm_sampler::{Request, one_step};
+use criterion::{Criterion, SamplingMode, criterion_group, criterion_main};
+
+const BATCH: i64 = 64;
+/// What the ratio may be.
+const MOST: f64 = 1.05;
+/// Pairs of runs that the ratio is taken over.
+const PAIRS: usize = 15;
+
+/// The network of the emoji demo, 1.4 M parameters.
+fn emoji() -> NetSpec {
+    NetSpec::SongUnet(SongUnetSpec {
+        image_size: 32,
+        model_channels: 32,
+        channel_mult: vec![1, 2, 2],
+        num_blocks: 1,
+        attn_resolutions: vec![],
+        augment_dim: 0,
+        dropout: 0.0,
+        ..SongUnetSpec::ddpmpp_cifar10(0)
+    })
+}
+
+fn shortest(seconds: Vec<f64>) -> f64 {
+    seconds.into_iter().fold(f64::INFINITY, f64::min)
+}
+
+fn one_step_of_64(c: &mut Criterion) {
+    let net = build(&emoji(), 0, Device::Cpu).expect("the network of a preset");
+    net.params().set_requires_grad(false);
+    let precond = Boundary::new(0.5, 0.002, NoiseCond::QuarterLog).expect("positive");
+    let f = Preconditioned::new(net, precond, SigmaRange::EDM);
+    let x = Tensor::randn(f.net.shape().batch(BATCH), (Kind::Float, Device::Cpu));
+    let c_noise = Tensor::full([BATCH], 80f64.ln() / 4.0, (Kind::Float, Device::Cpu));
+    let seeds: Vec<u64> = (0..BATCH as u64).collect();
+
+    let forward = || {
+        let _no_grad = tch::no_grad_guard();
+        f.net.forward(&x, &c_noise, &Cond::none(), false).expect("shapes fit")
+    };
+    let sample = || one_step(&f, &Request::new(&seeds)).expect("the request fits");
+
+    let mut group = c.benchmark_group("one_step");
+    group.sample_size(10).warm_up_time(Duration::from_secs(1)).measurement_time(Duration::from_secs(5));
+    group.sampling_mode(SamplingMode::Flat);
+    group.bench_function("emoji/64x3x32x32/forward", |b| b.iter(forward));
+    group.bench_function("emoji/64x3x32x32/one_step", |b| b.iter(sample));
+    group.finish();
+
+    let timed = |run: &dyn Fn() -> Tensor| {
+        let start = Instant::now();
+        drop(run());
+        start.elapsed().as_secs_f64()
+    };
+    let (forwards, samples) = (0..PAIRS).map(|_| (timed(&forward), timed(&sample))).unzip();
+    let (forward, sample) = (shortest(forwards), shortest(samples));
+    let ratio = sample / forward;
+    let verdict = if ratio <= MOST { "within" } else { "OVER" };
+    println!(
+        "one step {:.1} ms, bare forward {:.1} ms: ratio {ratio:.3}, {verdict} {MOST}",
+        1e3 * sample,
+        1e3 * forward
+    );
+}
+
+criterion_group!(benches, one_step_of_64);
+criterion_main!(benches);
