@@ -92,8 +92,9 @@ mod tests {
     #[test]
     fn the_direction_is_the_papers_first_column() {
         let q = Vec::<f64>::try_from(direction(&Tensor::zeros([1], (Kind::Double, Device::Cpu))).view([-1]));
+        // The paper prints four places and cuts the rest off.
         for (got, want) in q.unwrap().into_iter().zip([0.4471, 0.8780, 0.1705]) {
-            assert!((got - want).abs() < 5e-5, "{got}");
+            assert!((0.0..1e-4).contains(&(got - want)), "{got}");
         }
     }
 }
