@@ -15,9 +15,16 @@ const SIDE: u32 = 16;
 /// A folder with `model.safetensors`, a network with random weights, so that results differ from seed to seed; and with
 /// `face.png`, a picture of its size.
 fn sandbox(channels: i64, num_classes: i64, role: Role) -> Sandbox {
+    let sandbox = sandbox_of(SIDE, channels, num_classes, role);
+    face().save(sandbox.path("face.png")).unwrap();
+    sandbox
+}
+
+/// The same with images of another size, and without a picture.
+fn sandbox_of(side: u32, channels: i64, num_classes: i64, role: Role) -> Sandbox {
     let sandbox = Sandbox::new();
     let net = NetSpec::SongUnet(SongUnetSpec {
-        image_size: SIDE.into(),
+        image_size: side.into(),
         image_channels: channels,
         num_classes,
         augment_dim: 0,
@@ -52,7 +59,6 @@ fn sandbox(channels: i64, num_classes: i64, role: Role) -> Sandbox {
     }
     let spec = ModelSpec::new(role, net, precond);
     cm_net::save_model(&sandbox.path("model.safetensors"), built.params(), &spec).unwrap();
-    face().save(sandbox.path("face.png")).unwrap();
     sandbox
 }
 
@@ -332,4 +338,22 @@ fn models_that_cannot_are_refused_and_classes_are_followed() {
     run(&classes, "stroke model.safetensors --image face.png --variations 5 --npz --out s").ok();
     let set = npz::read(&classes.path("s/samples_5x16x16x3.npz"), true, None).unwrap();
     assert_eq!(set.labels(), Some(&[0, 1, 2, 3, 0][..]));
+}
+
+/// The gallery is of emoji, with any model of their size.
+#[test]
+fn the_gallery_draws_every_edit() {
+    let sandbox = sandbox_of(32, 3, 0, Role::Consistency);
+    sandbox.cm("gallery --model model.safetensors --device cpu --out gallery").run().ok();
+    for name in ["inpaint", "colorize", "superres", "stroke", "denoise", "interpolate", "outpaint", "compose"]
+    {
+        let picture = image::open(sandbox.path(format!("gallery/{name}.png"))).unwrap();
+        assert!(picture.width() > 400 && picture.height() > 400, "{name}");
+    }
+    sandbox.cm("gallery --model nowhere").run().fails(2, &["nowhere: no such file or folder"]);
+    let words = ["model.safetensors: it makes images of 3×16×16", "3×32×32"];
+    let other = colour();
+    other.cm("gallery --model model.safetensors --device cpu --out gallery").run().fails(2, &words);
+    let denoiser = sandbox_of(32, 3, 0, Role::Denoiser);
+    denoiser.cm("gallery --model model.safetensors").run().fails(2, &["edits need a consistency model"]);
 }

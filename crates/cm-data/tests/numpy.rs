@@ -41,3 +41,44 @@ fn what_is_written_is_what_numpy_read() {
     let [written, read] = [path, fixture("statistics-ours.npz")].map(|path| std::fs::read(path).unwrap());
     assert_eq!(written, read);
 }
+
+/// `statistics-edm2.pkl` was written by NumPy in the form of EDM2's files. Where everything must be tested, python3 must
+/// be there.
+#[test]
+#[allow(clippy::print_stdout)] // why a test was skipped
+fn the_script_converts_pickled_statistics_and_refuses_others() {
+    if std::process::Command::new("python3").arg("--version").output().is_err() {
+        assert!(std::env::var_os("CI").is_none(), "python3 is needed to test scripts/convert_stats.py");
+        println!("skipped: no python3 here");
+        return;
+    }
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts/convert_stats.py");
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("statistics.npz");
+    let run = |file: &Path, key: &str| {
+        let mut command = std::process::Command::new("python3");
+        let output = command.arg(&script).arg(file).args(["--key", key, "-o"]).arg(&out).output().unwrap();
+        (output.status.success(), String::from_utf8(output.stderr).unwrap())
+    };
+    let pickle = fixture("statistics-edm2.pkl");
+    // The second is float32 and float64 column by column.
+    for key in ["fid", "fd_dinov2"] {
+        assert_eq!(run(&pickle, key), (true, String::new()));
+        let found = arrays::read(&out, &["mu", "sigma"]).unwrap();
+        assert_eq!((&found["mu"], &found["sigma"]), (&mu(), &sigma()), "{key}");
+    }
+    std::fs::remove_file(&out).unwrap();
+    let bad = folder.path().join("bad.pkl");
+    let bytes = std::fs::read(&pickle).unwrap();
+    for (content, says) in [
+        // posix.system("true"), as a hostile pickle has it.
+        (&b"cposix\nsystem\n(S'true'\ntR."[..], "names posix.system"),
+        (&bytes[..bytes.len() / 2], "no whole pickle"),
+        (&b"(dp0\n."[..], "no statistics under --key fid"),
+    ] {
+        std::fs::write(&bad, content).unwrap();
+        let (done, error) = run(&bad, "fid");
+        assert!(!done && error.contains(says) && error.trim_end().lines().count() == 1, "{error}");
+        assert!(!out.exists());
+    }
+}

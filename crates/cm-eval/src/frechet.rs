@@ -59,7 +59,7 @@ pub struct Moments {
 ///
 /// ```
 /// use cm_eval::{Divisor, MomentsStream, frechet_distance};
-/// use tch::{Device, Kind, Tensor};
+/// use tch::Tensor;
 /// let features = Tensor::from_slice(&[0.0, 1.0, 2.0, 5.0, 3.0, 1.0]).view([3, 2]);
 /// let mut stream = MomentsStream::default();
 /// for row in 0..3 {
@@ -235,13 +235,11 @@ impl Moments {
     }
 
     /// The mean, `[D]` float64.
-    #[must_use]
     pub fn mean(&self) -> &Tensor {
         &self.mean
     }
 
     /// The covariance, `[D, D]` float64.
-    #[must_use]
     pub fn covariance(&self) -> &Tensor {
         &self.covariance
     }
@@ -397,7 +395,10 @@ mod tests {
             let (a, b) = (if i < 9 { 1.0 + t } else { 0.0 }, 10f64.powf(2.0 - t));
             let (p, q) = (t.sin(), 2.0 * t.cos());
             want += (p - q).powi(2) + (a.sqrt() - b.sqrt()).powi(2);
-            (l1.push(a), l2.push(b), m1.push(p), m2.push(q));
+            l1.push(a);
+            l2.push(b);
+            m1.push(p);
+            m2.push(q);
         }
         let (_, rotation) = {
             let m = normals(dim, dim, 9);

@@ -3,8 +3,7 @@
 //! A golden file is a safetensors file that holds inputs, results and, in its metadata, the configuration and the
 //! tolerance. What is checked follows from the file's name, its metadata and the names of its tensors alone.
 //! Nothing is skipped in silence: a tensor that no check uses, a file that nothing knows and a file that another
-//! one needs are failures; what is not built yet stands on a list ([`registry::PENDING`]), and standing on it
-//! while there is code is a failure too.
+//! one needs are failures.
 #![deny(missing_docs)]
 
 pub mod analytic;
@@ -28,7 +27,6 @@ use std::path::{Path, PathBuf};
 
 use golden::{Library, stem};
 pub use golden::{Problem, Result};
-use registry::Entry;
 use report::{Checks, Outcome, Report, Row};
 
 /// Runs every check that the files in `folders` allow; `only` keeps the files whose names begin with it.
@@ -67,11 +65,7 @@ fn row(path: &Path, library: &Library) -> Row {
     };
     match registry::find(&golden) {
         Err(problem) => unusable(problem),
-        Ok(Entry::Pending(p)) => {
-            let outcome = Outcome::Pending { issue: p.issue, what: p.what };
-            Row { file: stem(path), outcome }
-        }
-        Ok(Entry::Check(check)) => {
+        Ok(check) => {
             let mut checks = Checks::new(&golden, library, path);
             let result = check(&mut checks);
             checks.finish(result)

@@ -1,6 +1,6 @@
 //! Which code checks which file.
 
-use crate::golden::{Golden, Problem, Result, problem};
+use crate::golden::{Golden, Result, problem};
 use crate::report::Checks;
 use crate::{group01, group02, group03, group04, group05, group06, group07, group08, group09};
 
@@ -47,17 +47,6 @@ pub struct Checker {
     pub check: Check,
 }
 
-/// A kind of file that nothing checks yet.
-#[derive(Debug, Clone, Copy)]
-pub struct Pending {
-    /// The files.
-    pub kind: Kind,
-    /// The issue that builds what they check.
-    pub issue: u32,
-    /// What that is.
-    pub what: &'static str,
-}
-
 const fn all(prefix: &'static str) -> Kind {
     Kind { prefix, only: None }
 }
@@ -68,10 +57,6 @@ const fn only(prefix: &'static str, key: &'static str, values: &'static [&'stati
 
 const fn checker(kind: Kind, check: Check) -> Checker {
     Checker { kind, check }
-}
-
-const fn pending(kind: Kind, issue: u32, what: &'static str) -> Pending {
-    Pending { kind, issue, what }
 }
 
 /// Everything that is built.
@@ -111,44 +96,25 @@ pub const CHECKERS: &[Checker] = &[
     checker(all("09"), group09::check),
 ];
 
-/// Everything that the golden files hold and that is not built yet.
-pub const PENDING: &[Pending] = &[];
-
-/// What is to be done with a file.
-#[derive(Debug, Clone, Copy)]
-pub enum Entry {
-    /// Run this.
-    Check(Check),
-    /// Nothing yet.
-    Pending(Pending),
-}
-
-/// Finds the one entry for a file.
+/// Finds the one checker for a file.
 ///
 /// # Errors
-/// [`Problem`] if nothing knows the file, or if more than one entry claims it.
-pub fn find(golden: &Golden) -> Result<Entry> {
-    let checks = CHECKERS.iter().filter(|c| c.kind.holds(golden)).map(|c| Entry::Check(c.check));
-    let missing = PENDING.iter().filter(|p| p.kind.holds(golden)).map(|p| Entry::Pending(*p));
-    match checks.chain(missing).collect::<Vec<_>>()[..] {
-        [entry] => Ok(entry),
-        [] => problem("nothing checks such a file: it is neither built nor on the list of what is not"),
-        _ => problem("more than one entry of the registry claims this file"),
+/// [`crate::Problem`] if nothing knows the file, or if more than one checker claims it.
+pub fn find(golden: &Golden) -> Result<Check> {
+    let checks = CHECKERS.iter().filter(|c| c.kind.holds(golden)).map(|c| c.check);
+    match checks.collect::<Vec<_>>()[..] {
+        [check] => Ok(check),
+        [] => problem("nothing checks such a file"),
+        _ => problem("more than one checker of the registry claims this file"),
     }
 }
 
-/// Checks that nothing that is built stands on the list of what is not, and that no two checkers claim a file.
+/// Checks that no two checkers claim a file.
 ///
 /// # Errors
-/// [`Problem`] with the two entries.
+/// [`crate::Problem`] with the two.
 pub fn validate() -> Result<()> {
     for (i, checker) in CHECKERS.iter().enumerate() {
-        if let Some(listed) = PENDING.iter().find(|p| p.kind.overlaps(&checker.kind)) {
-            return Err(Problem(format!(
-                "'{}' ({}, issue {}) is on the list of what is not built, and there is code that checks it",
-                listed.kind.prefix, listed.what, listed.issue
-            )));
-        }
         if let Some(other) = CHECKERS[i + 1..].iter().find(|c| c.kind.overlaps(&checker.kind)) {
             return problem(format!("two checkers claim '{}' files: {:?}", checker.kind.prefix, other.kind));
         }
@@ -161,7 +127,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_that_is_built_is_listed_as_missing() {
+    fn no_two_checkers_claim_a_file() {
         assert_eq!(validate(), Ok(()));
     }
 

@@ -143,13 +143,6 @@ pub enum Outcome {
         /// Where to look first.
         hint: Option<String>,
     },
-    /// It belongs to a group that is not built yet.
-    Pending {
-        /// The issue that builds it.
-        issue: u32,
-        /// What is missing.
-        what: &'static str,
-    },
     /// Nothing checks it by itself, and the checks of other files used all that is in it.
     Lent {
         /// Those files.
@@ -175,7 +168,7 @@ impl Row {
             Outcome::Checked { checks, problems, .. } => {
                 !problems.is_empty() || checks.iter().any(|c| !c.passed())
             }
-            Outcome::Pending { .. } | Outcome::Lent { .. } => false,
+            Outcome::Lent { .. } => false,
             Outcome::Unusable(_) => true,
         }
     }
@@ -196,9 +189,6 @@ impl Row {
                 let failed = checks.iter().filter(|c| !c.passed()).count() + problems.len();
                 let verdict = if failed == 0 { "pass".into() } else { format!("FAIL ({failed})") };
                 [self.file.clone(), checks.len().to_string(), error, tolerance, verdict]
-            }
-            Outcome::Pending { issue, .. } => {
-                [self.file.clone(), blank(), blank(), blank(), format!("not built (issue {issue})")]
             }
             Outcome::Lent { users } => {
                 let used = format!("used by {}", users.first().map_or("none", String::as_str));
@@ -230,7 +220,7 @@ impl Row {
             Outcome::Unusable(reason) => {
                 let _ = writeln!(out, "{}: {reason}", self.file);
             }
-            Outcome::Pending { .. } | Outcome::Lent { .. } => {}
+            Outcome::Lent { .. } => {}
         }
     }
 }

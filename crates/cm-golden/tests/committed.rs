@@ -44,16 +44,7 @@ fn the_committed_files_pass() {
     assert_eq!(report.num_failed(), 0, "{report}");
     assert_eq!(report.num_checked(), report.rows.len(), "all of them are built: {report}");
     let bytes: u64 = fs::read_dir(committed()).unwrap().map(|f| f.unwrap().metadata().unwrap().len()).sum();
-    assert!(bytes <= 6_000_000, "{bytes} bytes");
-}
-
-#[test]
-fn a_file_of_another_group_is_pending_and_neither_passes_nor_fails() {
-    let dir = tempfile::tempdir().unwrap();
-    Bundle::default().write(&dir.path().join("05c_edit.safetensors")).unwrap();
-    let report = check(dir.path());
-    assert_eq!((report.num_checked(), report.num_failed()), (0, 0), "{report}");
-    assert!(report.to_string().ends_with("0 of 1 files checked, 0 failed"), "{report}");
+    assert!(bytes <= 8_000_000, "{bytes} bytes");
 }
 
 #[test]

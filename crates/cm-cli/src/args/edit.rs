@@ -20,8 +20,8 @@ Examples:
   cm edit outpaint runs/emoji --image part.png --left 8 --right 8
   cm edit compose runs/emoji --image face.png --mask mask.png --grey
 
-Each writes a PNG per result and sheet.png: input, measurement and results side by side. The model has to be a
-consistency model; `cm edit EDIT --help` says more about one edit.";
+Each writes a PNG per result and sheet.png: input, measurement and results side by side. \
+The model has to be a consistency model; `cm edit EDIT --help` says more about one edit.";
 
 /// `cm edit …`.
 #[derive(Debug, Subcommand)]
@@ -53,8 +53,9 @@ pub enum EditCommand {
 }
 
 const INPAINT_EXAMPLES: &str = "\
-The mask is a picture of the size of the image, or of the model's images: white (128 and brighter) marks what is made
-anew, black what is kept; --invert turns that round. Alpha counts as white.
+The mask is a picture of the size of the image, or of the model's images: \
+white (128 and brighter) marks what is made anew, \
+black what is kept; --invert turns that round. Alpha counts as white.
 
 Examples:
   cm edit inpaint runs/emoji --image face.png --mask mask.png

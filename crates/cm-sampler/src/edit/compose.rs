@@ -43,7 +43,7 @@ impl<'a> Compose<'a> {
     /// ```
     /// use cm_sampler::edit::{Colorize, Compose, Inpaint, Measurement};
     /// use cm_sampler::tch::{Device, Kind, Tensor};
-    /// let picture = Tensor::rand([1, 3, 8, 8], (Kind::Double, Device::Cpu));
+    /// let picture = Tensor::linspace(-1., 1., 192, (Kind::Double, Device::Cpu)).view([1, 3, 8, 8]);
     /// let right_half = Tensor::from_slice(&[0., 0., 0., 0., 1., 1., 1., 1.]).view([1, 1, 1, 8]).repeat([1, 1, 8, 1]);
     /// // The left half is kept as it is; of the right half the luma is.
     /// let parts: Vec<Box<dyn Measurement>> =

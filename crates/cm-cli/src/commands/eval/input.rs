@@ -157,7 +157,7 @@ pub fn sampling(model: &str, args: &EvalArgs) -> Result<SampleArgs> {
             anyhow::anyhow!("--sample '{words}': {first}")
         })?
         .args;
-    (sampling.batch, sampling.device) = (args.batch, args.device.clone());
+    (sampling.batch, sampling.device) = (args.batch, args.device);
     Ok(sampling)
 }
 
