@@ -52,6 +52,15 @@ impl Times {
 }
 
 /// A solver of the probability-flow ODE.
+///
+/// ```
+/// use cm_sampler::{Solver, schedule::solver::Churn};
+/// let levels = [80.0, 8.0, 0.8, 0.0];
+/// // Heun's method corrects each step but the one to 0.
+/// assert_eq!(Solver::Heun { churn: Churn::NONE }.plan(&levels)?.evaluations(), 5);
+/// assert_eq!(Solver::DpmPp2m.plan(&levels)?.evaluations(), 3);
+/// # Ok::<(), cm_sampler::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Solver {
     /// Euler's method. Along `KarrasGrid::descending(n + 1)` it is the sampler of a model that was progressively
@@ -121,6 +130,19 @@ pub enum Steps {
 /// Which models go with which steps is a matter of types: a consistency function cannot be put into an ODE solver, nor a
 /// denoiser into multistep sampling. Where the kind of model is not known before a file is open, [`Method::new`] finds
 /// out.
+///
+/// ```
+/// use cm_sampler::{Error, Method, Times, model::{GaussianOracle, ImageShape}, schedule::SigmaRange};
+/// use cm_sampler::schedule::solver::{Plan, Renoise};
+/// let f = GaussianOracle { data_std: 0.5, shape: ImageShape::square(3, 8), sigma_range: SigmaRange::EDM };
+/// assert_eq!(Method::one_step(&f)?.plan().evaluation_sigmas(), [80.0]);
+/// assert_eq!(Method::multistep(&f, &Times::Sigmas(vec![80.0, 0.8]))?.num_evaluations(), 2);
+/// // ECT's way to add noise again.
+/// let ect = Plan::multistep(&[80.0, 0.821], 0.002, Renoise::Full)?;
+/// assert_eq!(Method::jumps(&f, ect)?.start(), 80.0);
+/// assert!(matches!(Method::multistep(&f, &Times::Sigmas(vec![100.0])), Err(Error::Level { .. })));
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Clone)]
 pub struct Method<'a> {
     model: ModelRef<'a>,

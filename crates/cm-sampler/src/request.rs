@@ -7,6 +7,18 @@ use tch::{Device, Kind, Tensor};
 use crate::{Error, Result};
 
 /// Which images are wanted, apart from how they are made.
+///
+/// ```
+/// use cm_sampler::{Error, Request, model::{GaussianOracle, ImageShape}, one_step, schedule::SigmaRange};
+/// let f = GaussianOracle { data_std: 0.5, shape: ImageShape::square(3, 8), sigma_range: SigmaRange::EDM };
+/// let seeds = [3, 1, 4];
+/// let raw = one_step(&f, &Request { batch: 2, clip: false, ..Request::new(&seeds) })?;
+/// assert_eq!(raw.size()[0], 3);
+/// // What does not fit the model is said before anything is computed.
+/// let of_a_class = Request { labels: Some(&[0, 0, 0]), ..Request::new(&seeds) };
+/// assert!(matches!(one_step(&f, &of_a_class), Err(Error::Unconditional)));
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Debug, Clone, Copy)]
 pub struct Request<'a> {
     /// One image for each; below 2^56. The noise of a seed is the same at any batch size and in any company.
@@ -97,6 +109,23 @@ pub struct Progress<'a> {
 }
 
 /// What a caller may put into a run; [`Hooks::default`] is the noise of the seeds and no callback.
+///
+/// ```
+/// use cm_sampler::{Hooks, Method, Progress, Request, Times, sample, schedule::SigmaRange};
+/// use cm_sampler::model::{GaussianOracle, ImageShape, Philox};
+/// use cm_sampler::tch::Device;
+/// let f = GaussianOracle { data_std: 0.5, shape: ImageShape::square(3, 8), sigma_range: SigmaRange::EDM };
+/// let two_steps = Method::multistep(&f, &Times::Sigmas(vec![80.0, 0.8]))?;
+/// let mut seen = Vec::new();
+/// let mut show = |progress: &Progress<'_>| seen.push((progress.evaluation, progress.sigma));
+/// // Noise of another run than seed 0's: of the same seeds, other images.
+/// let mut noise = Philox { seed: 1, device: Device::Cpu };
+/// let hooks = Hooks { noise: Some(&mut noise), on_evaluation: Some(&mut show) };
+/// let other = sample(&two_steps, &Request::new(&[7]), hooks)?;
+/// assert_eq!(seen, [(0, 80.0), (1, 0.8)]);
+/// assert_ne!(other, sample(&two_steps, &Request::new(&[7]), Hooks::default())?);
+/// # Ok::<(), cm_sampler::Error>(())
+/// ```
 #[derive(Default)]
 pub struct Hooks<'h> {
     /// Another source of noise than the seeds.

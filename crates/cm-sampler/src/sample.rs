@@ -54,6 +54,15 @@ pub fn multistep(f: &dyn ConsistencyFn, times: &Times, request: &Request<'_>) ->
 ///
 /// # Errors
 /// [`crate::Error`] for a request that does not fit the model.
+///
+/// ```
+/// use cm_sampler::{Hooks, Method, Request, Solver, sample, schedule::SigmaRange};
+/// use cm_sampler::model::{GaussianOracle, ImageShape};
+/// let d = GaussianOracle { data_std: 0.5, shape: ImageShape::square(3, 8), sigma_range: SigmaRange::EDM };
+/// let method = Method::solver(&d, Solver::DpmPp2m, &[80.0, 8.0, 0.8, 0.08, 0.0])?;
+/// assert_eq!(sample(&method, &Request::new(&[1, 2]), Hooks::default())?.size(), [2, 3, 8, 8]);
+/// # Ok::<(), cm_sampler::Error>(())
+/// ```
 pub fn sample(method: &Method<'_>, request: &Request<'_>, hooks: Hooks<'_>) -> Result<Tensor> {
     let mut batches = Vec::new();
     sample_batches(method, request, hooks, &mut |_, images| {
@@ -67,6 +76,22 @@ pub fn sample(method: &Method<'_>, request: &Request<'_>, hooks: Hooks<'_>) -> R
 ///
 /// # Errors
 /// [`crate::Error`] for a request that does not fit the model, and whatever `sink` returns.
+///
+/// ```
+/// use cm_sampler::{Hooks, Method, Request, sample_batches, schedule::SigmaRange};
+/// use cm_sampler::model::{GaussianOracle, ImageShape};
+/// let f = GaussianOracle { data_std: 0.5, shape: ImageShape::square(3, 8), sigma_range: SigmaRange::EDM };
+/// let seeds: Vec<u64> = (0..10).collect();
+/// let request = Request { batch: 4, ..Request::new(&seeds) };
+/// let mut written = Vec::new();
+/// sample_batches(&Method::one_step(&f)?, &request, Hooks::default(), &mut |places, images| {
+///     assert_eq!(places.len() as i64, images.size()[0]);
+///     written.push(places);
+///     Ok(())
+/// })?;
+/// assert_eq!(written, [0..4, 4..8, 8..10]);
+/// # Ok::<(), cm_sampler::Error>(())
+/// ```
 pub fn sample_batches(
     method: &Method<'_>,
     request: &Request<'_>,
