@@ -357,3 +357,20 @@ fn the_gallery_draws_every_edit() {
     let denoiser = sandbox_of(32, 3, 0, Role::Denoiser);
     denoiser.cm("gallery --model model.safetensors").run().fails(2, &["edits need a consistency model"]);
 }
+
+#[test]
+fn options_that_would_keep_nothing_are_refused() {
+    let sandbox = colour();
+    GrayImage::from_fn(SIDE, SIDE, |x, _| Luma([if x < 8 { 255 } else { 0 }]))
+        .save(sandbox.path("mask.png"))
+        .unwrap();
+    let edit = |words: &str| {
+        sandbox.cm(&format!("edit {words} model.safetensors --image face.png --device cpu --out none")).run()
+    };
+    edit("inpaint --mask mask.png --feather 16")
+        .fails(2, &["--feather 16", "every pixel that is to be kept"]);
+    edit("outpaint --left 4 --right 4 --feather 8").fails(2, &["--feather 8"]);
+    edit("outpaint --left 4 --feather 18446744073709551615").fails(2, &["--feather"]);
+    edit("stroke --steps 5").fails(2, &["--steps 5", "nothing of the drawing is left"]);
+    assert!(!sandbox.path("none").exists(), "a refused edit leaves no folder");
+}

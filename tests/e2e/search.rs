@@ -16,7 +16,8 @@ fn trained() -> Sandbox {
 }
 
 fn search(sandbox: &Sandbox, options: &str) -> Done {
-    sandbox.cm(&format!("search-ts run --device cpu --samples 40 --steps 12 --log {LOG} {options}")).run()
+    let log = if options.contains("--log") { String::new() } else { format!("--log {LOG}") };
+    sandbox.cm(&format!("search-ts run --device cpu --samples 40 --steps 12 {log} {options}")).run()
 }
 
 /// The evaluations in the log.
@@ -26,6 +27,20 @@ fn evaluations(sandbox: &Sandbox) -> Vec<serde_json::Value> {
 
 fn asked(done: &Done) -> usize {
     done.stderr.lines().filter(|line| line.contains(" of at most ")).count()
+}
+
+#[test]
+fn a_classifier_and_inception_can_judge() {
+    let sandbox = trained();
+    let fcd = search(&sandbox, "--score fcd --cache cache").ok();
+    assert!(fcd.stderr.contains("training a classifier (labels)"), "{fcd:#?}");
+    assert!(asked(&fcd) >= 3 && fcd.stdout.contains("best: 0,"), "{fcd:#?}");
+    let again = search(&sandbox, "--score fcd --cache cache").ok();
+    assert!(!again.stderr.contains("training a classifier"), "it is kept: {again:#?}");
+    // Scores of pixels are no scores of a classifier.
+    search(&sandbox, "").fails(2, &[LOG, "score"]);
+    search(&sandbox, "--score fid --log fid.jsonl")
+        .fails(2, &["no weights of Inception", "cm fetch inception"]);
 }
 
 #[test]
@@ -51,6 +66,10 @@ fn the_points_that_it_prints_are_the_best_of_those_in_its_log_and_sample() {
     let torn = search(&sandbox, "").ok();
     assert_eq!((asked(&torn), &torn.stdout), (1, &one.stdout));
     assert_eq!(sandbox.read(LOG), text);
+
+    // The same search of other weights prints how to sample those.
+    let raw = search(&sandbox, "--ema raw --log raw.jsonl").ok();
+    assert!(raw.stdout.contains("cm sample run --ema raw --sampler multistep --ts 0,"), "{raw:#?}");
 
     // A second point goes on from the first.
     let two = search(&sandbox, "--points 2").ok();

@@ -3,7 +3,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// What can be wrong with a model, or with a request for samples.
 ///
-/// This is the only error type that a program meets that uses this crate alone: what the crates below say is in it.
+/// The functions of this crate return it alone: what the crates below say is in it, and turns into it with `?`.
 ///
 /// ```
 /// # #[cfg(feature = "nets")] {

@@ -16,8 +16,8 @@ use crate::{Kind, Result};
 /// [`nets::import::load_any`](crate::nets::import::load_any).
 ///
 /// # Errors
-/// [`Error::Nets`](crate::Error::Nets) for a file that cannot be read, that holds no model, whose weights do not fit,
-/// or that does not say which kind of model it is: then [`load_as`] takes it.
+/// [`Error::Model`](crate::Error::Model) for a file that cannot be read; [`Error::Nets`](crate::Error::Nets) for one that
+/// holds no model, whose weights do not fit, or that does not say which kind of model it is: then [`load_as`] takes it.
 ///
 /// ```
 /// use cm_sampler::nets::{ModelSpec, NetSpec, PrecondSpec, Role, SongUnetSpec, build, save_model};

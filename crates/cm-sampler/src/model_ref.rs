@@ -85,12 +85,28 @@ impl<'a> ModelRef<'a> {
     /// The clean images that the model sees in `x`, `[B, C, H, W]`: f(x, σ) or D(x; σ).
     ///
     /// # Errors
-    /// [`Error::Model`] if shapes, noise levels or condition do not fit.
+    /// [`Error::Model`] if shapes, noise levels or condition do not fit, or if the model's answer is of another shape than
+    /// what it was asked about.
     pub fn estimate(self, x: &Tensor, sigma: Sigma<'_>, cond: &Cond) -> Result<Tensor> {
-        Ok(match self {
+        let estimate = match self {
             Self::Consistency(f) => f.jump(x, sigma, cond)?,
             Self::Denoiser(d) => d.denoise(x, sigma, cond)?,
-        })
+        };
+        same_shape("estimate of the model", &estimate, &x.size())?;
+        Ok(estimate)
+    }
+}
+
+/// What a model or a source of noise gives has to have the shape that it was asked for: anything else would be spread over
+/// the images, or panic.
+pub(crate) fn same_shape(what: &str, got: &Tensor, expected: &[i64]) -> Result<()> {
+    let size = got.size();
+    match size.as_slice() == expected {
+        true => Ok(()),
+        false => {
+            let (what, expected) = (what.into(), format!("{expected:?}"));
+            Err(Error::Model(cm_model::Error::Shape { what, expected, got: size }))
+        }
     }
 }
 

@@ -6,6 +6,7 @@ use cm_schedule::solver::{Ask, Walk};
 use tch::{Kind, Tensor};
 
 use crate::edit::{Measurement, impose, measured};
+use crate::model_ref::same_shape;
 use crate::sample::{Tensors, clipped};
 use crate::{Method, Request, Result};
 
@@ -83,13 +84,14 @@ impl Method<'_> {
     /// Edits evaluation by evaluation; [`crate::edit()`] says how an edit goes.
     ///
     /// # Errors
-    /// [`crate::Error`] for a request that does not fit the model; those of the measurement come with the evaluations.
+    /// [`crate::Error::NeedsConsistency`] for a method that solves an ODE; [`crate::Error`] for a request that does not fit
+    /// the model; those of the measurement come with the evaluations.
     pub fn stream_edit<'m>(
         &'m self,
         measurement: &'m dyn Measurement,
         request: &Request<'m>,
     ) -> Result<Stream<'m, 'm>> {
-        Ok(Stream { measurement: Some(measurement), ..Stream::new(self, request, None)? })
+        Stream::of_edit(self, measurement, None, request, None)
     }
 }
 
@@ -115,6 +117,7 @@ impl<'m, 'h> Stream<'m, 'h> {
         request: &Request<'m>,
         noise: Option<&'h mut dyn NoiseSource>,
     ) -> Result<Self> {
+        method.model().consistency()?;
         Ok(Self { measurement: Some(measurement), start, ..Self::new(method, request, noise)? })
     }
 
@@ -206,7 +209,9 @@ pub(crate) fn draw(
     index: usize,
 ) -> Result<Tensor> {
     let site = Site { samples, step: index as u32, purpose: Purpose::Sample };
-    Ok(source.normal(shape, &site)?.to_kind(Kind::Double))
+    let noise = source.normal(shape, &site)?;
+    same_shape("noise", &noise, &shape.batch(samples.len() as i64))?;
+    Ok(noise.to_kind(Kind::Double))
 }
 
 impl Iterator for Stream<'_, '_> {

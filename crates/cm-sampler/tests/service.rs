@@ -386,3 +386,64 @@ fn guided_jobs_share_batches() {
         assert!(largest(&(image - want)) < 1e-12);
     }
 }
+
+/// A network of a user's own that answers about fewer images than it was asked about, and noise of another size.
+struct Short;
+
+impl ConsistencyFn for Short {
+    fn shape(&self) -> ImageShape {
+        SHAPE
+    }
+    fn num_classes(&self) -> i64 {
+        0
+    }
+    fn sigma_range(&self) -> SigmaRange {
+        SigmaRange::EDM
+    }
+    fn device(&self) -> Device {
+        Device::Cpu
+    }
+    fn jump(&self, x: &Tensor, _: Sigma<'_>, _: &Cond) -> cm_sampler::model::Result<Tensor> {
+        Ok(x.narrow(0, 0, 1))
+    }
+}
+
+impl NoiseSource for Short {
+    fn normal(&mut self, _: ImageShape, _: &Site<'_>) -> cm_sampler::model::Result<Tensor> {
+        Ok(Tensor::zeros([1, 1, 4, 4], (Kind::Float, Device::Cpu)))
+    }
+}
+
+#[test]
+fn what_is_of_another_shape_than_asked_for_is_an_error_and_not_spread() {
+    let says = |error: Error, words: &str| {
+        let text = error.to_string();
+        assert!(text.contains(words) && text.contains("[2, 1, 4, 4]"), "{text}");
+    };
+    let method = Method::one_step(&Short).unwrap();
+    says(sample(&method, &Request::new(&[1, 2]), Hooks::default()).unwrap_err(), "estimate of the model");
+    let job = |seed| Job { seed, label: None, steps: Steps::One };
+    let sampler = Sampler::new(ModelRef::Consistency(&Short), SamplerOptions::default()).unwrap();
+    says(sampler.batch(&[job(1), job(2)]).unwrap_err(), "estimate of the model");
+    let whole = Classes::new(0.0);
+    let method = Method::one_step(&whole).unwrap();
+    let hooks = Hooks { noise: Some(&mut Short), on_evaluation: None };
+    says(sample(&method, &Request::new(&[1, 2]), hooks).unwrap_err(), "noise");
+}
+
+#[test]
+fn an_ode_solver_edits_nothing() {
+    let model = Classes::new(0.0);
+    let levels = KarrasGrid::EDM.with_zero(3);
+    let euler = Method::solver(&model, Solver::Euler, &levels).unwrap();
+    let picture = Tensor::zeros([1, 1, 4, 4], (Kind::Float, Device::Cpu));
+    let stroke = cm_sampler::edit::Stroke::new(&picture).unwrap();
+    let refused = euler.stream_edit(&stroke, &Request::new(&[1])).err();
+    assert!(matches!(refused, Some(Error::NeedsConsistency)), "{refused:?}");
+    // One evaluation after the other, an edit ends as it does at once.
+    let times = Times::Sigmas(vec![5.0, 1.0]);
+    let method = Method::multistep(&model, &times).unwrap();
+    let last = method.stream_edit(&stroke, &Request::new(&[1])).unwrap().last().unwrap().unwrap();
+    let whole = cm_sampler::edit(&model, &stroke, &times, &Request::new(&[1]), Hooks::default()).unwrap();
+    assert!(last.finished.unwrap().equal(&whole));
+}

@@ -209,6 +209,9 @@ pub struct InterpolateArgs {
     /// Images a second in the GIF, which goes there and back.
     #[arg(long, value_name = "N", default_value = "12", value_parser = clap::value_parser!(u32).range(1..=50))]
     pub fps: u32,
+    /// Images computed together.
+    #[arg(long, default_value = "16", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    pub batch: usize,
     /// Model and results.
     #[command(flatten)]
     pub common: CommonArgs,
@@ -312,22 +315,25 @@ pub struct WalkArgs {
     /// Seeds, one result each: 0-3, or 1,5,9-12.
     #[arg(long)]
     pub seeds: Option<SeedRange>,
+    /// Images computed together.
+    #[arg(long, default_value = "16", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    pub batch: usize,
 }
 
 /// What all edits take.
 #[derive(Debug, Args)]
 pub struct CommonArgs {
-    /// A consistency model: a model file, a checkpoint folder or a run folder.
+    /// A consistency model: a model file, a checkpoint folder, a run folder, or a published form.
     pub model: PathBuf,
     /// Class of the results (class-conditional models) [default: classes in turn, as seeds count].
     #[arg(long)]
     pub class: Option<i64>,
+    /// What published weights do not say of themselves, as for `cm model import`.
+    #[arg(long = "as", value_name = "KIND")]
+    pub kind: Option<String>,
     /// Which average of the weights: an EMA rate such as 0.999, or `raw` [default: the run's first EMA].
     #[arg(long, value_name = "RATE|raw")]
     pub ema: Option<String>,
-    /// Images computed together.
-    #[arg(long, default_value = "16", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
-    pub batch: usize,
     /// Folder for the results.
     #[arg(long, value_name = "DIR", default_value = "out/edit")]
     pub out: PathBuf,

@@ -13,7 +13,7 @@ Examples:
   cm search-ts runs/digits
   cm search-ts runs/digits --points 2 --steps 80 --samples 2000
   cm search-ts model.safetensors --data ~/pictures
-  cm search-ts cd_imagenet64_l2.pt --as openai-imagenet64-cd --data imagenet64.zip --samples 10000
+  cm search-ts cd_imagenet64_l2.pt --as openai-imagenet64-cd --data imagenet64.zip --score fid --samples 10000
 
 Each evaluation is written to the log as it is made. A search that was stopped goes on when it is started again, and one
 for more points takes over what is known.";
@@ -33,6 +33,12 @@ pub struct SearchArgs {
     /// What is to be lowest.
     #[arg(long, value_enum, default_value_t = ScoreKind::Pixels)]
     pub score: ScoreKind,
+    /// Inception's weights for --score fid, as `cm fetch inception` or `cm model import --as inception` makes them.
+    #[arg(long, value_name = "FILE", default_value = "data/inception/inception.safetensors")]
+    pub weights: PathBuf,
+    /// Folder that keeps the classifier of --score fcd, as that of `cm eval`.
+    #[arg(long, value_name = "DIR", default_value = "out/eval/cache")]
+    pub cache: PathBuf,
     /// Images sampled for each score, of the seeds from 0.
     #[arg(long, default_value = "1000", value_parser = RangedU64ValueParser::<usize>::new().range(2..=10_000_000))]
     pub samples: usize,
@@ -64,4 +70,19 @@ pub enum ScoreKind {
     /// Fréchet distance between the Gaussians that have the mean and covariance of the pixels: no network, and no eye
     /// for more than second moments.
     Pixels,
+    /// Fréchet Inception distance, with --weights.
+    Fid,
+    /// Fréchet classifier distance: the same on the features of a small classifier that is trained on the data.
+    Fcd,
+}
+
+impl ScoreKind {
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            ScoreKind::Pixels => "pixels",
+            ScoreKind::Fid => "fid",
+            ScoreKind::Fcd => "fcd",
+        }
+    }
 }

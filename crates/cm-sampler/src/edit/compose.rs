@@ -25,7 +25,7 @@ const STEPS: usize = 400;
 /// # Source
 /// Björck and Elfving 1979 (BIT 19), accelerated projection methods.
 pub struct Compose<'a> {
-    parts: Vec<Box<dyn Measurement + 'a>>,
+    parts: Vec<Box<dyn Measurement + Send + 'a>>,
 }
 
 impl std::fmt::Debug for Compose<'_> {
@@ -46,13 +46,13 @@ impl<'a> Compose<'a> {
     /// let picture = Tensor::linspace(-1., 1., 192, (Kind::Double, Device::Cpu)).view([1, 3, 8, 8]);
     /// let right_half = Tensor::from_slice(&[0., 0., 0., 0., 1., 1., 1., 1.]).view([1, 1, 1, 8]).repeat([1, 1, 8, 1]);
     /// // The left half is kept as it is; of the right half the luma is.
-    /// let parts: Vec<Box<dyn Measurement>> =
+    /// let parts: Vec<Box<dyn Measurement + Send>> =
     ///     vec![Box::new(Inpaint::new(&picture, &right_half)?), Box::new(Colorize::of(&picture)?)];
     /// let x = Compose::new(parts)?.impose(&picture.zeros_like(), 0..1)?;
     /// assert!((x.double_value(&[0, 1, 5, 2]) - picture.double_value(&[0, 1, 5, 2])).abs() < 1e-9);
     /// # Ok::<(), cm_sampler::Error>(())
     /// ```
-    pub fn new(parts: Vec<Box<dyn Measurement + 'a>>) -> Result<Self> {
+    pub fn new(parts: Vec<Box<dyn Measurement + Send + 'a>>) -> Result<Self> {
         match parts.is_empty() {
             true => Err(value_error("parts of a composition", "at least one measurement", 0)),
             false => Ok(Self { parts }),

@@ -26,7 +26,8 @@ impl Inpaint {
     /// # Errors
     /// [`crate::Error::Model`] if the shapes do not fit each other or a weight is outside 0 to 1.
     pub fn new(picture: &Tensor, anew: &Tensor) -> Result<Self> {
-        let (picture, anew) = (Known::new("picture", picture)?, Known::new("mask", anew)?);
+        let (picture, anew) =
+            (Known::new("picture", picture)?, Known::new("mask", &anew.to_device(picture.device()))?);
         let (shape, mask) = (picture.shape(), anew.shape());
         let pictures = picture.values().size()[0];
         let masks = anew.values().size()[0];

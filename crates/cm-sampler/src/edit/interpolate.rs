@@ -41,7 +41,7 @@ pub fn slerp(a: &Tensor, b: &Tensor, share: f64) -> Result<Tensor> {
     if !(0.0..=1.0).contains(&share) {
         return Err(value_error("share of the way", "0 to 1", share));
     }
-    let (wide_a, wide_b) = (a.to_kind(Kind::Double), b.to_kind(Kind::Double));
+    let (wide_a, wide_b) = (a.to_kind(Kind::Double), b.to_device(a.device()).to_kind(Kind::Double));
     let dot = |x: &Tensor, y: &Tensor| (x * y).sum(Kind::Double).double_value(&[]);
     let lengths = (dot(&wide_a, &wide_a) * dot(&wide_b, &wide_b)).sqrt();
     let angle = (dot(&wide_a, &wide_b) / lengths).clamp(-1.0, 1.0).acos();

@@ -20,7 +20,11 @@ impl Known {
     pub fn new(what: &'static str, values: &Tensor) -> Result<Self> {
         match values.size()[..] {
             [n, c, h, w] if n > 0 && c > 0 && h > 0 && w > 0 => {
-                Ok(Self { what, values: values.detach().to_kind(Kind::Double) })
+                let values = values.detach().to_kind(Kind::Double);
+                match values.isfinite().all().int64_value(&[]) {
+                    1 => Ok(Self { what, values }),
+                    _ => Err(value_error(what, "finite values", "NaN or infinity")),
+                }
             }
             ref size => Err(shape_error(what, "[N, C, H, W], none of them 0", size)),
         }

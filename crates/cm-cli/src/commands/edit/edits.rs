@@ -6,11 +6,15 @@ use cm_sampler::edit::{
     Colorize, Compose, Inpaint, Measurement, Stroke, SuperRes, default_times, denoise, estimate_sigma,
     interpolate, stroke_times, within_range,
 };
-use cm_sampler::{Hooks, Request, Times};
+use cm_sampler::{Hooks, Progress, Request, Times};
 use cm_schedule::Purpose;
 use tch::{Kind, Tensor};
 
 use crate::pictures::{Cell, Sheet};
+use crate::ui::Bar;
+
+/// Sheets of more results than this would be too large to look at.
+const SHEET_MOST: usize = 60;
 
 /// A consistency model, and the results that are wanted of it.
 pub struct Editor<'a> {
@@ -67,14 +71,26 @@ impl Editor<'_> {
 
     /// The loop with a measurement, its results brought into the range of pictures.
     fn run(&self, measurement: &dyn Measurement, times: &Times) -> Result<Tensor> {
-        let results = cm_sampler::edit(self.f, measurement, times, &self.request(), Hooks::default())?;
+        let mut bar = None::<Bar>;
+        let mut show = |seen: &Progress<'_>| {
+            let total = (seen.total * seen.evaluations) as u64;
+            let done = seen.images.start * seen.evaluations + seen.images.len() * (seen.evaluation + 1);
+            let bar = bar.get_or_insert_with(|| Bar::new("edit", "evaluations", 0, total));
+            bar.set(done as u64, format!("σ {:.3}", seen.sigma));
+        };
+        let hooks = Hooks { noise: None, on_evaluation: Some(&mut show) };
+        let results = cm_sampler::edit(self.f, measurement, times, &self.request(), hooks)?;
+        if let Some(bar) = bar {
+            bar.finish();
+        }
         Ok(within_range(measurement, &results, 0..self.seeds.len())?)
     }
 
     /// The results below their seeds.
     fn edited(&self, left: Vec<Cell>, results: Tensor) -> Edited {
         let caption = |seed: &u64| format!("seed {seed}");
-        let cells = self.seeds.iter().zip(0..).map(|(seed, i)| Cell::new(caption(seed), &results.get(i)));
+        let shown = self.seeds.iter().zip(0..).take(SHEET_MOST);
+        let cells = shown.map(|(seed, i)| Cell::new(caption(seed), &results.get(i)));
         let sheet = Sheet { left, cells: cells.collect() };
         Edited { results, sheet }
     }
@@ -122,7 +138,7 @@ impl Editor<'_> {
 
     /// Keeps of `picture` `[1, C, H, W]` all that is in `known`.
     pub fn compose(&self, picture: &Tensor, known: &Known) -> Result<Edited> {
-        let mut parts: Vec<Box<dyn Measurement>> = Vec::new();
+        let mut parts: Vec<Box<dyn Measurement + Send>> = Vec::new();
         if let Some(outside) = &known.outside {
             parts.push(Box::new(Inpaint::new(picture, outside)?));
         }
@@ -155,7 +171,10 @@ impl Editor<'_> {
             ([_, b], _) if frame + 1 == frames => format!("seed {b}"),
             _ => format!("{:.2}", frame as f64 / (frames - 1) as f64),
         };
-        let cells = (0..frames).map(|frame| Cell::new(caption(frame), &results.get(frame as i64))).collect();
+        // Of many frames every so many, so that both ends are among them.
+        let every = (frames - 1).div_ceil(SHEET_MOST - 1).max(1);
+        let shown = (0..frames).filter(|frame| frame % every == 0 || frame + 1 == frames);
+        let cells = shown.map(|frame| Cell::new(caption(frame), &results.get(frame as i64))).collect();
         Ok(Edited { results, sheet: Sheet { left: Vec::new(), cells } })
     }
 }

@@ -8,8 +8,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use cm_model::{ConsistencyFn, ImageShape};
-use cm_net::{Model, ModelFile};
-use cm_sampler::edit::{feather, stroke_sigma, stroke_times};
+use cm_net::Model;
+use cm_sampler::edit::{Inpaint, feather, stroke_sigma, stroke_times};
 use cm_sampler::{Method, Times};
 use tch::Tensor;
 
@@ -20,7 +20,7 @@ use crate::args::edit::{
     StrokeArgs, SuperresArgs, WalkArgs,
 };
 use crate::exit::{Failure, OrUsage, Outcome};
-use crate::runs;
+use crate::sources::ModelSource;
 use edits::{Edited, Editor, Known, Small};
 use input::Picture;
 
@@ -38,7 +38,7 @@ pub fn edit(command: &EditCommand) -> Outcome {
     }
 }
 
-/// A model that is loaded, and whose place for results is made.
+/// A model that is loaded.
 struct Loaded {
     model: Model,
     rho: f64,
@@ -46,15 +46,13 @@ struct Loaded {
 
 impl Loaded {
     fn new(common: &CommonArgs) -> Result<Self> {
-        let path = runs::find_model(&common.model, common.ema.as_deref())?;
+        let source = ModelSource::find(&common.model, common.kind.as_deref(), common.ema.as_deref())?;
+        let path = source.path.display();
         let device = session::device(&common.device)?;
-        let file = ModelFile::read(&path)?;
+        let file = source.read()?;
         let model = file.model(device, cm_model::Compute::default())?;
-        let name = || format!("{}: edits need a consistency model", path.display());
-        model.consistency().with_context(name)?;
-        let out = common.out.display();
-        std::fs::create_dir_all(&common.out).with_context(|| format!("{out}: creating the folder"))?;
-        eprintln!("model: {} ({} parameters)", path.display(), file.spec.net.num_parameters()?);
+        model.consistency().with_context(|| format!("{path}: edits need a consistency model"))?;
+        eprintln!("model: {path} ({} parameters)", file.spec.net.num_parameters()?);
         Ok(Self { model, rho: file.spec.precond.rho })
     }
 
@@ -65,6 +63,12 @@ impl Loaded {
     fn shape(&self) -> Result<ImageShape> {
         Ok(self.f()?.shape())
     }
+}
+
+/// Makes the place for results, once everything else is found to be right and before the work.
+fn make_folder(common: &CommonArgs) -> Result<()> {
+    let out = common.out.display();
+    std::fs::create_dir_all(&common.out).with_context(|| format!("{out}: creating the folder"))
 }
 
 /// The seeds of the variations.
@@ -89,10 +93,11 @@ fn variations(
     let labels = input::labels(common.class, &seeds, f.num_classes(), false).or_usage()?;
     let times = input::times(walk, loaded.rho).or_usage()?;
     let labels = labels.as_deref();
-    let mut editor = Editor { f, rho: loaded.rho, seeds: &seeds, labels, batch: common.batch, times };
+    let mut editor = Editor { f, rho: loaded.rho, seeds: &seeds, labels, batch: walk.batch, times };
     let times = editor.times.take().or(usual).unwrap_or_else(|| editor.times());
     let evaluations = Method::multistep(f, &times).or_usage()?.num_evaluations();
     editor.times = Some(times);
+    make_folder(common).or_usage()?;
     let started = std::time::Instant::now();
     let edited = edit(&editor)?;
     let seconds = started.elapsed().as_secs_f64();
@@ -119,7 +124,17 @@ fn inpaint(args: &InpaintArgs) -> Outcome {
     let (picture, read) = picture(&args.picture, shape)?;
     let mask = mask(&args.mask, args.invert, &read, shape, args.picture.fit)?;
     let anew = feather(&mask, args.feather).context("--feather").or_usage()?;
+    some_kept(&anew, args.feather).or_usage()?;
     variations(&loaded, &args.walk, &args.common, None, |editor| editor.inpaint(&picture, &anew))
+}
+
+/// A blend that reaches everywhere would keep nothing as it is.
+fn some_kept(anew: &Tensor, feather: usize) -> Result<()> {
+    ensure!(
+        anew.min().double_value(&[]) == 0.0,
+        "--feather {feather}: the blend reaches every pixel that is to be kept; give less"
+    );
+    Ok(())
 }
 
 fn colorize(of: &PictureArgs, walk: &WalkArgs, common: &CommonArgs) -> Outcome {
@@ -169,6 +184,12 @@ fn superres(args: &SuperresArgs) -> Outcome {
 fn stroke(args: &StrokeArgs) -> Outcome {
     let loaded = Loaded::new(&args.common).or_usage()?;
     let shape = loaded.shape().or_usage()?;
+    if let (Some(steps), None) = (args.walk.steps, &args.walk.ts) {
+        return Err(Failure::Usage(anyhow!(
+            "--steps {steps}: the whole grid begins at σ_max, where nothing of the drawing is left; give --sigma, or --ts \
+             with it"
+        )));
+    }
     let (drawing, _) = picture(&args.picture, shape)?;
     let sigma = args.sigma.unwrap_or_else(|| stroke_sigma(shape));
     let usual = Some(stroke_times(sigma, loaded.f().or_usage()?.sigma_range()));
@@ -192,7 +213,8 @@ fn denoise(args: &DenoiseArgs) -> Outcome {
         None => estimated(&noisy, f).or_usage()?,
     };
     let labels = labels.as_deref();
-    let editor = Editor { f, rho: loaded.rho, seeds: &seeds, labels, batch: args.common.batch, times: None };
+    let editor = Editor { f, rho: loaded.rho, seeds: &seeds, labels, batch: 1, times: None };
+    make_folder(&args.common).or_usage()?;
     let edited = editor.denoise(&noisy, sigma, args.add_noise.map(|_| &read))?;
     Ok(output::write(&args.common, &edited, &seeds, labels)?)
 }
@@ -229,7 +251,8 @@ fn interpolate(args: &InterpolateArgs) -> Outcome {
     let f = loaded.f().or_usage()?;
     let labels = input::labels(args.common.class, seeds, f.num_classes(), true).or_usage()?;
     let labels = labels.as_deref();
-    let editor = Editor { f, rho: loaded.rho, seeds, labels, batch: args.common.batch, times: None };
+    let editor = Editor { f, rho: loaded.rho, seeds, labels, batch: args.batch, times: None };
+    make_folder(&args.common).or_usage()?;
     let edited = editor.interpolate(args.frames)?;
     Ok(output::write_frames(&args.common, &edited, args.fps, labels)?)
 }
@@ -241,6 +264,8 @@ fn outpaint(args: &OutpaintArgs) -> Outcome {
     let needs = "what the margins leave of the model's images (--fit exact)";
     let picture = Picture::read(&args.picture.image).or_usage()?;
     let picture = picture.to_tensor(inner, args.picture.fit, needs).or_usage()?;
+    let placed = Inpaint::outpaint(&picture, shape, args.left, args.top, args.feather).or_usage()?;
+    some_kept(placed.anew(), args.feather).or_usage()?;
     variations(&loaded, &args.walk, &args.common, None, |editor| {
         editor.outpaint(&picture, args.left, args.top, args.feather)
     })
@@ -258,7 +283,7 @@ fn inner(args: &OutpaintArgs, shape: ImageShape) -> Result<ImageShape> {
     };
     let (width, height) =
         (rest(shape.width, args.left, args.right)?, rest(shape.height, args.top, args.bottom)?);
-    let soft = args.feather as i64;
+    let soft = i64::try_from(args.feather).unwrap_or(i64::MAX);
     ensure!(soft <= width.max(height), "--feather {soft}: the picture itself has {width}x{height} pixels");
     Ok(ImageShape { width, height, ..shape })
 }

@@ -1,6 +1,6 @@
 //! The networks that images are compared by.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use cm_data::{Batch, Dataset, digest};
@@ -76,11 +76,16 @@ impl Judge {
                  alone; name the one that they were measured with by --classifier"
             );
         };
+        Self::trained((!args.no_cache).then_some(&args.cache), set, data, shape)
+    }
+
+    /// A classifier for the images of a set with the digest `data`: out of the folder `cache`, or trained here.
+    pub fn trained(cache: Option<&PathBuf>, set: &dyn Dataset, data: &str, shape: [i64; 3]) -> Result<Self> {
         let data = &with_labels(set, data);
         let digits = data.get(..16).unwrap_or(data);
-        let file = args.cache.join(format!("classifier-{digits}.safetensors"));
-        if !args.no_cache && file.is_file() {
-            match Self::load(&file, shape) {
+        let kept = cache.map(|folder| folder.join(format!("classifier-{digits}.safetensors")));
+        if let Some(file) = kept.as_ref().filter(|file| file.is_file()) {
+            match Self::load(file, shape) {
                 Ok(judge)
                     if judge.classifier.as_ref().is_some_and(|a| a.data == *data && a.version == VERSION) =>
                 {
@@ -91,12 +96,12 @@ impl Judge {
             }
         }
         let (classifier, about) = train(set, data)?;
-        if args.no_cache {
+        let Some(file) = kept else {
             let folder = tempfile::tempdir().context("a folder for the classifier")?;
             let file = folder.path().join("classifier.safetensors");
             classifier.save(&file, &serde_json::to_string(&about)?)?;
             return Self::load(&file, shape);
-        }
+        };
         classifier.save(&file, &serde_json::to_string(&about)?)?;
         Self::load(&file, shape)
     }

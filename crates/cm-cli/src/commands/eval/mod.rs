@@ -1,8 +1,8 @@
 //! `cm eval`: how good images are, beside those that they should look like.
 
 mod cache;
-mod input;
-mod judge;
+pub(super) mod input;
+pub(super) mod judge;
 mod measure;
 mod report;
 

@@ -7,7 +7,6 @@ mod drawings;
 use anyhow::{Context, Result, ensure};
 use cm_data::{Batch, SourceKind, SourceSpec, Split};
 use cm_model::{ConsistencyFn, ImageShape};
-use cm_net::ModelFile;
 use image::RgbImage;
 use tch::{Kind, Tensor};
 
@@ -16,7 +15,7 @@ use super::session;
 use crate::args::GalleryArgs;
 use crate::exit::{OrUsage, Outcome};
 use crate::pictures;
-use crate::runs;
+use crate::sources::ModelSource;
 use crate::ui::Bar;
 
 /// Every tenth emoji is held out, as emoji-gallery.toml says.
@@ -55,8 +54,8 @@ const PICTURES: [(&str, Draw); 8] = [
 
 /// Runs `cm gallery`.
 pub fn gallery(args: &GalleryArgs) -> Outcome {
-    let path = runs::find_model(&args.model, None).or_usage()?;
-    let file = ModelFile::read(&path).or_usage()?;
+    let source = ModelSource::find(&args.model, None, None).or_usage()?;
+    let (path, file) = (&source.path, source.read().or_usage()?);
     let model =
         file.model(session::device(&args.device).or_usage()?, cm_model::Compute::default()).or_usage()?;
     let name = || format!("{}: edits need a consistency model", path.display());

@@ -23,6 +23,9 @@ pub struct Settings {
     pub rho: f64,
     /// What is scored by.
     pub score: ScoreKind,
+    /// SHA-256 of the weights of the network that looks at the images, where one does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub judge: Option<String>,
     /// Number of images for each score.
     pub samples: usize,
     /// What the samples are compared with.
@@ -115,7 +118,7 @@ mod tests {
 
     fn settings(samples: usize) -> Settings {
         let (model, data) = ("0123abcd".to_owned(), "digits, 1797 images".to_owned());
-        Settings { model, steps: 40, rho: 7.0, score: ScoreKind::Pixels, samples, data }
+        Settings { model, steps: 40, rho: 7.0, score: ScoreKind::Pixels, judge: None, samples, data }
     }
 
     fn evaluation(t: usize) -> Scored {

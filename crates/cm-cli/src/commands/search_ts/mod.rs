@@ -7,7 +7,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use cm_data::{Fit, SourceKind, SourceSpec};
+use cm_data::{Fit, LabelRule, SourceKind, SourceSpec};
 use cm_model::{Compute, ConsistencyFn, ImageShape, TensorMap};
 use cm_net::import::{self, NUM_SCALES};
 use cm_net::{ModelFile, ModelSpec};
@@ -37,19 +37,19 @@ pub fn search_ts(args: &SearchArgs) -> Outcome {
     let f = f.with_context(|| path.display().to_string()).or_usage()?;
     let data = data_of(args, f.shape()).or_usage()?;
     let set = data.open().or_usage()?;
+    let score = Score::of(args, set.as_ref(), f.shape(), device).or_usage()?;
     let settings = Settings {
         model: checksum(&file.tensors),
         steps,
         rho: file.spec.precond.rho,
         score: args.score,
+        judge: score.judge().map(str::to_owned),
         samples: args.samples,
         data: format!("{}, {} images", set.source(), set.len()),
     };
     let at = args.log.clone().unwrap_or_else(|| beside(&path, args.score, steps));
     let mut log = Log::open(&at, &settings).or_usage()?;
     eprintln!("log: {} ({} evaluations known)", at.display(), log.known.len());
-    let score = Score::of(args.score, set.as_ref(), f.shape()).or_usage()?;
-
     let sampler = Sampler { f: f.as_ref(), args, steps, rho: settings.rho };
     let most = search.most_evaluations();
     let mut known = std::mem::take(&mut log.known);
@@ -65,12 +65,24 @@ pub fn search_ts(args: &SearchArgs) -> Outcome {
     })?;
     let value = found.score.map(|score| format!(", with a score of {score:.6}")).unwrap_or_default();
     println!("best: {}{value}", list(&found.ts));
-    println!(
-        "use:  cm sample {} --sampler multistep --ts {} --steps {steps}",
-        args.model.display(),
-        list(&found.ts)
-    );
+    println!("use:  {}", command(args, &found.ts, steps));
     Ok(())
+}
+
+/// What samples the same model with the points `ts`, for a shell.
+fn command(args: &SearchArgs, ts: &[usize], steps: usize) -> String {
+    let quoted = |text: &str| match text.chars().all(|c| c.is_ascii_alphanumeric() || "-_./:=,~+".contains(c))
+    {
+        true => text.to_owned(),
+        false => format!("'{}'", text.replace('\'', r"'\''")),
+    };
+    let mut words = format!("cm sample {}", quoted(&args.model.to_string_lossy()));
+    for (option, value) in [("--as", &args.kind), ("--ema", &args.ema)] {
+        if let Some(value) = value {
+            words += &format!(" {option} {}", quoted(value));
+        }
+    }
+    format!("{words} --sampler multistep --ts {} --steps {steps}", list(ts))
 }
 
 /// The model, and the file or folder that it lies in.
@@ -104,6 +116,10 @@ fn data_of(args: &SearchArgs, shape: ImageShape) -> Result<SourceSpec> {
              (a run folder brings its own)"
         ),
     };
+    if spec.labels == LabelRule::None {
+        // The run does without them; a classifier learns from them.
+        spec.labels = LabelRule::Auto;
+    }
     if args.data.is_some() {
         spec.resolution = usize::try_from(shape.height).ok();
         spec.fit = Fit::CenterCrop;
@@ -115,9 +131,8 @@ fn data_of(args: &SearchArgs, shape: ImageShape) -> Result<SourceSpec> {
 
 /// `model.safetensors` has its log in `model.search-ts-pixels-40.jsonl`: another grid or score is another log.
 fn beside(model: &Path, score: ScoreKind, steps: usize) -> PathBuf {
-    let ScoreKind::Pixels = score;
     let mut name = model.file_stem().map_or_else(|| OsString::from("model"), OsString::from);
-    name.push(format!(".search-ts-pixels-{steps}.jsonl"));
+    name.push(format!(".search-ts-{}-{steps}.jsonl", score.name()));
     model.with_file_name(name)
 }
 
