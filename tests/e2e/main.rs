@@ -10,5 +10,6 @@ mod model;
 mod sample;
 mod search;
 mod solvers;
+mod sweep;
 mod train;
 mod wrong;

@@ -67,6 +67,10 @@ fn assert_same_run(sandbox: &Sandbox, one: &str, other: &str) {
     assert_same_checkpoint(&last(one), &last(other));
     assert_eq!(log(sandbox, one), log(sandbox, other));
     assert_eq!(log(sandbox, one).len() as u64, 1 + STEPS, "a header and a row for each step");
+    // The times in them differ, and their length does not.
+    let events =
+        |out: &str| std::fs::metadata(sandbox.path(out).join("events.out.tfevents.cm")).unwrap().len();
+    assert_eq!(events(one), events(other));
     for out in [one, other] {
         assert_eq!(stats(sandbox, out), (1..=STEPS).collect::<Vec<_>>());
     }

@@ -130,16 +130,18 @@ impl Source {
     }
 }
 
-/// Puts `section.key=value` into the table and returns the key. A value that is no TOML literal is a string, so
-/// that `--set train.metric=l2` needs no quotes.
+/// A value of `--set`. What is no TOML literal is a string, so that `--set train.metric=l2` needs no quotes.
+pub fn literal(text: &str) -> Value {
+    let parsed = format!("v = {text}").parse::<Table>().ok().filter(|table| table.len() == 1);
+    parsed.and_then(|mut table| table.remove("v")).unwrap_or_else(|| Value::String(text.to_owned()))
+}
+
+/// Puts `section.key=value` into the table and returns the key.
 fn apply(table: &mut Table, set: &str) -> Result<String> {
     let (key, value) = set
         .split_once('=')
         .with_context(|| format!("--set {set}: expected section.key=value, as in train.lr=1e-4"))?;
-    let value: Value = match format!("v = {value}").parse::<Table>() {
-        Ok(mut parsed) if parsed.len() == 1 => parsed.remove("v").context("one value was parsed")?,
-        _ => Value::String(value.to_owned()),
-    };
+    let value = literal(value);
     let mut names: Vec<&str> = key.split('.').collect();
     let last = names.pop().filter(|name| !name.is_empty()).with_context(|| format!("--set {set}: no key"))?;
     let mut place = table;

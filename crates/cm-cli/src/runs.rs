@@ -4,6 +4,7 @@
 //! out/runs/digits-ct/
 //!   config.toml                       the experiment with every value resolved
 //!   progress.csv, stats.jsonl         the log
+//!   events.out.tfevents.cm            the log and the grids, for TensorBoard
 //!   samples/step-00000200-raw.png …   grids of the raw and the averaged weights
 //!   checkpoints/step-00000200/        raw, ema-RATE, target and optimizer .safetensors, state.json
 //! ```

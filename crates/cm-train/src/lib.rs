@@ -8,7 +8,7 @@
 //! | what is minimised? | [`denoising_loss`], [`consistency_loss`], [`distillation_loss`], [`progressive_loss`] |
 //! | what happens in one step? | [`Trainer::step`] |
 //! | what happens in a run? | [`run`](fn@run), [`Observer`] |
-//! | what is on the disk? | [`Checkpoints`], [`progress.csv`](PROGRESS_FILE), [`stats.jsonl`](STATS_FILE) |
+//! | what is on the disk? | [`Checkpoints`], [`progress.csv`](PROGRESS_FILE), [`stats.jsonl`](STATS_FILE), [`EventFile`] |
 //! | how much memory does it take? | [`MemoryModel`] |
 //!
 //! A recipe is data: diffusion, consistency distillation and training, iCT, ECT and progressive distillation are
@@ -19,6 +19,7 @@
 
 mod checkpoint;
 mod error;
+mod events;
 mod logs;
 mod loss;
 mod memory;
@@ -41,6 +42,7 @@ pub use checkpoint::{
 };
 pub use cm_model::ImageDistance;
 pub use error::{BoxError, Error, Result};
+pub use events::{EVENTS_FILE, EventFile};
 pub use logs::{LogEntry, PROGRESS_FILE, STATS_FILE, SigmaBin};
 pub use loss::{
     Example, Losses, Target, Teacher, consistency_loss, denoising_loss, distillation_loss, progressive_loss,

@@ -6,7 +6,7 @@ use std::time::Instant;
 use cm_model::files;
 use serde::Serialize;
 
-use crate::{Error, Result, StepReport};
+use crate::{Error, EventFile, Result, StepReport};
 
 /// The log as a table.
 pub const PROGRESS_FILE: &str = "progress.csv";
@@ -60,11 +60,12 @@ pub struct SigmaBin {
     pub images: u64,
 }
 
-/// `progress.csv` and `stats.jsonl` of a run.
+/// `progress.csv`, `stats.jsonl` and the event file of a run.
 #[derive(Debug)]
 pub(crate) struct Logs {
     progress: Appended,
     stats: Appended,
+    events: EventFile,
     window: Window,
     began: Instant,
 }
@@ -82,7 +83,8 @@ impl Logs {
         })?;
         let stats =
             Appended::open(folder.join(STATS_FILE), None, |line| json_step(line).is_some_and(|s| s <= step))?;
-        Ok(Self { progress, stats, window: Window::new(), began: Instant::now() })
+        let events = EventFile::open(folder, step)?;
+        Ok(Self { progress, stats, events, window: Window::new(), began: Instant::now() })
     }
 
     /// Adds a step to the averages.
@@ -112,6 +114,7 @@ impl Logs {
         let json = serde_json::to_string(&entry)
             .map_err(|e| Error::io(&self.stats.path, "writing", std::io::Error::other(e)))?;
         self.stats.line(&json)?;
+        self.events.entry(&entry)?;
         Ok(Some(entry))
     }
 }

@@ -90,7 +90,12 @@ Examples:
   cm train --config digits-ct --out runs/digits --resume
   cm train --config configs/cifar10-ct.toml --data ~/cifar --out runs/c10 --set train.metric=l2
   cm train --config imagenet64-ct --dry-run
-  cm train --config cifar10-ect --data ~/cifar --init-from edm.safetensors";
+  cm train --config cifar10-ect --data ~/cifar --init-from edm.safetensors
+  cm train --config digits-ect --out runs/lr --sweep train.lr=1e-3,5e-4,1e-4
+  cm train --config digits-ict --out runs/grid --sweep train.lr=1e-3,1e-4 --sweep train.metric=l2,pseudo_huber
+  cm train --config digits-ct --out runs/nets --sweep 'network.channel_mult=[[1, 2], [2, 2]]'
+  cm train --out runs/lr --resume                (what is left of a sweep)
+  tensorboard --logdir runs                      (curves and sample grids of all runs)";
 
 const CIFAR_EXAMPLES: &str = "\
 Examples:
@@ -126,6 +131,10 @@ pub struct TrainArgs {
     /// Folder or file of the training data; overrides what the experiment says.
     #[arg(long, value_name = "PATH")]
     pub data: Option<PathBuf>,
+    /// Train a run for each of these values, into folders below --out, and compare them in a table; given for several
+    /// keys, one for each combination. Values that hold commas: a TOML list, quotes, or the option again.
+    #[arg(long = "sweep", value_name = "SECTION.KEY=A,B,C", requires = "out")]
+    pub sweeps: Vec<String>,
     /// Options that every training shares.
     #[command(flatten)]
     pub run: RunArgs,
@@ -188,7 +197,7 @@ fn any_path() -> impl TypedValueParser<Value = PathBuf> {
 }
 
 /// What every training takes.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct RunArgs {
     /// Folder of the run: config, logs, checkpoints, sample grids [default: out/runs/NAME].
     #[arg(long, value_name = "DIR")]

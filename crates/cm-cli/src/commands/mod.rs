@@ -14,4 +14,5 @@ pub mod preset;
 pub mod sample;
 pub mod search_ts;
 pub mod session;
+pub mod sweep;
 pub mod train;

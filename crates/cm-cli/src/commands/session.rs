@@ -1,7 +1,7 @@
 //! A training run from its parts: networks, data, trainer, and what is drawn while it goes.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -11,7 +11,7 @@ use cm_net::ModelSpec;
 use cm_sampler::Request;
 use cm_torch::device::DeviceSpec;
 use cm_train::{
-    BoxError, Ending, Metric, Networks, Observer, Session, StepReport, Trainable, Trainer, Weights,
+    BoxError, Ending, EventFile, Metric, Networks, Observer, Session, StepReport, Trainable, Trainer, Weights,
 };
 use tch::{Device, Tensor};
 
@@ -58,6 +58,14 @@ pub fn stop_on_signal() -> Result<Arc<AtomicBool>> {
     Ok(stop)
 }
 
+/// Writes the experiment with every value resolved into the run's folder.
+pub fn write_config(experiment: &Experiment, folder: &Path) -> Result<()> {
+    let text = experiment.to_toml()?;
+    Ok(cm_model::files::write_atomic(&folder.join(CONFIG_FILE), |file| {
+        std::io::Write::write_all(file, text.as_bytes())
+    })?)
+}
+
 /// Everything that a run is made of.
 pub struct Run<'a> {
     /// The experiment, resolved.
@@ -73,10 +81,7 @@ pub struct Run<'a> {
 impl Run<'_> {
     /// Trains to the end or until told to stop, with a progress bar, logs, checkpoints and sample grids.
     pub fn train(&self, trainer: &mut Trainer<Net>, view: &mut View<'_>) -> Result<Ending> {
-        let text = self.experiment.to_toml()?;
-        cm_model::files::write_atomic(&self.folder.join(CONFIG_FILE), |file| {
-            std::io::Write::write_all(file, text.as_bytes())
-        })?;
+        write_config(self.experiment, self.folder)?;
         let device = trainer.device();
         let mut source = super::batches::Batches::open(self.experiment, self.data.clone(), device)?;
         let spec = self.experiment.model_spec();
@@ -131,11 +136,11 @@ fn describe(
 /// A hook that sees the samples of each sample point: the step and images `[N, C, H, W]` of the first average.
 pub type OnSamples<'a> = dyn FnMut(u64, &Tensor) -> Result<()> + 'a;
 
-/// Draws a run: a bar in the terminal, sample grids in the run's folder.
+/// Draws a run: a bar in the terminal, sample grids in the run's folder and its event file.
 pub struct View<'a> {
     experiment: &'a Experiment,
     bar: Option<Bar>,
-    samples: PathBuf,
+    folder: &'a Path,
     loss: f64,
     on_samples: Option<&'a mut OnSamples<'a>>,
     announce: bool,
@@ -146,16 +151,9 @@ const GRID_SEEDS: std::ops::Range<u64> = 0..64;
 
 impl<'a> View<'a> {
     /// A view of a run in `folder` that goes on from step `first`.
-    pub fn new(experiment: &'a Experiment, folder: &Path, first: u64) -> Self {
+    pub fn new(experiment: &'a Experiment, folder: &'a Path, first: u64) -> Self {
         let bar = Some(Bar::new("train", "steps", first, experiment.train.total_steps));
-        Self {
-            experiment,
-            bar,
-            samples: folder.join("samples"),
-            loss: f64::NAN,
-            on_samples: None,
-            announce: true,
-        }
+        Self { experiment, bar, folder, loss: f64::NAN, on_samples: None, announce: true }
     }
 
     /// Hands the samples of each sample point to `hook` too, and leaves out the lines about files.
@@ -196,8 +194,12 @@ impl<'a> View<'a> {
     }
 
     fn write(&self, step: u64, name: &str, images: &Tensor) -> Result<()> {
-        let path = self.samples.join(format!("step-{step:08}-{name}.png"));
-        pictures::save_png(&pictures::grid(images, 8)?, &path)
+        let path = self.folder.join("samples").join(format!("step-{step:08}-{name}.png"));
+        let grid = pictures::grid(images, 8)?;
+        pictures::save_png(&grid, &path)?;
+        let png = std::fs::read(&path).with_context(|| format!("{}: reading failed", path.display()))?;
+        let (size, tag) = ([grid.width(), grid.height()], format!("samples/{name}"));
+        Ok(EventFile::of_run(self.folder)?.image(step, &tag, size, &png)?)
     }
 }
 

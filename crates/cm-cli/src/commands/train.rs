@@ -1,6 +1,8 @@
 //! `cm train`, `cm train-cifar10` and `cm train-teacher`, and what every training does.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, bail};
 use cm_data::SourceKind;
@@ -8,7 +10,7 @@ use cm_train::{Checkpoints, Ending, Method};
 use tch::Device;
 
 use super::session::{self, Run, View};
-use super::{data, dry_run};
+use super::{data, dry_run, sweep};
 use crate::args::{CifarArgs, RunArgs, TeacherArgs, TrainArgs};
 use crate::config::Source;
 use crate::exit::{Failure, OrUsage, Outcome};
@@ -17,8 +19,11 @@ use crate::lpips;
 use crate::runs::{CONFIG_FILE, find_model};
 use crate::sources::{ModelSource, Start};
 
-/// Runs `cm train`.
+/// Runs `cm train`, or a sweep of it.
 pub fn train(args: &TrainArgs) -> Outcome {
+    if let Some(sweep) = sweep::Sweep::of(args)? {
+        return sweep.run();
+    }
     let (experiment, folder) = read(args.config.as_deref(), &args.run).or_usage()?;
     start(experiment, &folder, Data { given: args.data.as_deref(), fetch: false }, &args.run)
 }
@@ -114,32 +119,94 @@ fn metric_error(experiment: &Experiment) -> Option<cm_train::Error> {
 }
 
 /// Starts a training, or a dry run of it.
-pub fn start(mut experiment: Experiment, folder: &Path, data: Data<'_>, args: &RunArgs) -> Outcome {
+pub fn start(experiment: Experiment, folder: &Path, data: Data<'_>, args: &RunArgs) -> Outcome {
     let device = session::device(&args.device).or_usage()?;
-    if args.kind.is_some() && experiment.teacher.is_none() && experiment.init.is_none() {
-        return Err(Failure::Usage(anyhow::anyhow!(
-            "--as belongs to --teacher or --init-from, and neither is here"
-        )));
-    }
     if args.dry_run {
+        check_kind(&experiment, args).or_usage()?;
         if experiment.teacher.is_some() || experiment.init.is_some() {
             Start::read(&experiment, false).or_usage()?;
             println!("# the named model fits the experiment");
         }
         return dry_run::dry_run(&experiment, device);
     }
-    // Whatever the user has to mend is found before a network is built, and models before any data.
-    let goes_on = args.resume && !Checkpoints::of_run(folder).steps()?.is_empty();
-    let models = Start::read(&experiment, goes_on).or_usage()?;
-    data.put_into(&mut experiment).or_usage()?;
-    let opened = experiment.data.open().or_usage()?;
-    experiment.check_data(&*opened).or_usage()?;
-    if let Some(error) = metric_error(&experiment) {
-        return Err(Failure::Usage(error.into()));
+    let ready = Ready::new(experiment, folder, &data, args, device)?;
+    let (stop, total) = (session::stop_on_signal()?, ready.experiment.train.total_steps);
+    match ready.train(folder, args.resume, &stop)? {
+        Ended { ending: Ending::Finished, .. } => finished(folder),
+        Ended { ending: Ending::Stopped, step } => Err(Failure::Interrupted(format!(
+            "saved step {step} of {total}; go on with: cm train --out {} --resume",
+            folder.display()
+        ))),
     }
-    check_folder(folder, args.resume).or_usage()?;
-    experiment.compute(device).or_usage()?;
-    run(&experiment, models, opened, folder, device, args.resume)
+}
+
+/// `--as` says something of a model that is named.
+fn check_kind(experiment: &Experiment, args: &RunArgs) -> Result<()> {
+    if args.kind.is_some() && experiment.teacher.is_none() && experiment.init.is_none() {
+        bail!("--as belongs to --teacher or --init-from, and neither is here");
+    }
+    Ok(())
+}
+
+/// A training that nothing stands in the way of.
+pub struct Ready {
+    /// The experiment, with the place of its data.
+    pub experiment: Experiment,
+    models: Start,
+    data: Arc<dyn cm_data::Dataset>,
+    device: Device,
+}
+
+/// How a training ended, and after which step.
+pub struct Ended {
+    pub ending: Ending,
+    pub step: u64,
+}
+
+impl Ready {
+    /// Finds whatever the user has to mend before a network is built, and in models before any data.
+    pub fn new(
+        mut experiment: Experiment,
+        folder: &Path,
+        data: &Data<'_>,
+        args: &RunArgs,
+        device: Device,
+    ) -> Outcome<Self> {
+        check_kind(&experiment, args).or_usage()?;
+        let goes_on = args.resume && !Checkpoints::of_run(folder).steps()?.is_empty();
+        let models = Start::read(&experiment, goes_on).or_usage()?;
+        data.put_into(&mut experiment).or_usage()?;
+        let data = experiment.data.open().or_usage()?;
+        experiment.check_data(&*data).or_usage()?;
+        if let Some(error) = metric_error(&experiment) {
+            return Err(Failure::Usage(error.into()));
+        }
+        check_folder(folder, args.resume).or_usage()?;
+        experiment.compute(device).or_usage()?;
+        Ok(Self { experiment, models, data, device })
+    }
+
+    /// Trains to the end, or until `stop` is set.
+    pub fn train(self, folder: &Path, resume: bool, stop: &AtomicBool) -> Outcome<Ended> {
+        let Self { experiment, models, data, device } = self;
+        eprintln!("data: {} ({} images of {})", data.source(), data.len(), data.shape());
+        let mut trainer = session::build_trainer(&experiment, &models, device).or_usage()?;
+        drop(models);
+        if resume {
+            announce(&cm_train::resume(&mut trainer, folder).or_usage()?);
+        }
+        eprintln!(
+            "network: {} parameters; run: {} steps of {} images into {}",
+            cm_train::Trainable::params(trainer.student()).num_parameters(),
+            experiment.train.total_steps,
+            experiment.train.batch,
+            folder.display()
+        );
+        let mut view = View::new(&experiment, folder, trainer.steps_done());
+        let run = Run { experiment: &experiment, data, folder, stop };
+        let ending = run.train(&mut trainer, &mut view)?;
+        Ok(Ended { ending, step: trainer.steps_done() })
+    }
 }
 
 /// A new run needs a folder without checkpoints.
@@ -151,41 +218,6 @@ fn check_folder(folder: &Path, resume: bool) -> Result<()> {
             folder.display()
         ),
         _ => Ok(()),
-    }
-}
-
-fn run(
-    experiment: &Experiment,
-    models: Start,
-    data: std::sync::Arc<dyn cm_data::Dataset>,
-    folder: &Path,
-    device: Device,
-    resume: bool,
-) -> Outcome {
-    let stop = session::stop_on_signal()?;
-    eprintln!("data: {} ({} images of {})", data.source(), data.len(), data.shape());
-    let mut trainer = session::build_trainer(experiment, &models, device).or_usage()?;
-    drop(models);
-    if resume {
-        announce(&cm_train::resume(&mut trainer, folder).or_usage()?);
-    }
-    eprintln!(
-        "network: {} parameters; run: {} steps of {} images into {}",
-        cm_train::Trainable::params(trainer.student()).num_parameters(),
-        experiment.train.total_steps,
-        experiment.train.batch,
-        folder.display()
-    );
-    let total = experiment.train.total_steps;
-    let mut view = View::new(experiment, folder, trainer.steps_done());
-    let ending = Run { experiment, data, folder, stop: &stop }.train(&mut trainer, &mut view)?;
-    let at = format!("step {} of {total}", trainer.steps_done());
-    match ending {
-        Ending::Finished => finished(folder),
-        Ending::Stopped => Err(Failure::Interrupted(format!(
-            "saved {at}; go on with: cm train --out {} --resume",
-            folder.display()
-        ))),
     }
 }
 
