@@ -38,7 +38,7 @@ fn diagonal_mask() -> Tensor {
     Tensor::from_slice(&values).view([1, 1, 8, 8])
 }
 
-fn parts<'a>(of: &Tensor, which: &str) -> Box<dyn Measurement + 'a> {
+fn parts(of: &Tensor, which: &str) -> Box<dyn Measurement + Send> {
     match which {
         "mask" => Box::new(Inpaint::new(of, &diagonal_mask()).unwrap()),
         "luma" => Box::new(Colorize::of(of).unwrap()),
