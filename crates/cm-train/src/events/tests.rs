@@ -53,11 +53,11 @@ fn plain_masked_crc(bytes: &[u8]) -> u32 {
     for byte in bytes {
         crc ^= u32::from(*byte);
         for _ in 0..8 {
-            crc = if crc & 1 == 1 { crc >> 1 ^ 0x82f6_3b78 } else { crc >> 1 };
+            crc = if crc & 1 == 1 { (crc >> 1) ^ 0x82f6_3b78 } else { crc >> 1 };
         }
     }
     let crc = !crc;
-    (crc >> 15 | crc << 17).wrapping_add(0xa282_ead8)
+    ((crc >> 15) | (crc << 17)).wrapping_add(0xa282_ead8)
 }
 
 /// The data of every record of the run's file, whose checksums must hold up to the last byte.

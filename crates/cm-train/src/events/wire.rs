@@ -44,7 +44,7 @@ impl Message {
     }
 
     fn key(&mut self, field: u64, kind: u64) {
-        self.varint(field << 3 | kind);
+        self.varint((field << 3) | kind);
     }
 
     /// Seven bits a byte, the lowest first; the top bit says that more follow.
@@ -59,8 +59,8 @@ impl Message {
 
 /// The step of an event that begins as ours do, with the time and the step.
 pub(super) fn step_of(event: &[u8], wall_time: u64, step: u64) -> Option<u64> {
-    let rest = event.strip_prefix(&[(wall_time << 3 | EIGHT_BYTES) as u8])?.get(8..)?;
-    let rest = rest.strip_prefix(&[(step << 3 | VARINT) as u8])?;
+    let rest = event.strip_prefix(&[((wall_time << 3) | EIGHT_BYTES) as u8])?.get(8..)?;
+    let rest = rest.strip_prefix(&[((step << 3) | VARINT) as u8])?;
     let mut value = 0;
     for (place, byte) in rest.iter().take(10).enumerate() {
         value |= u64::from(byte & 0x7f) << (7 * place);
@@ -79,7 +79,7 @@ const TABLE: [u32; 256] = {
         let mut crc = byte as u32;
         let mut bit = 0;
         while bit < 8 {
-            crc = if crc & 1 == 1 { crc >> 1 ^ 0x82f6_3b78 } else { crc >> 1 };
+            crc = if crc & 1 == 1 { (crc >> 1) ^ 0x82f6_3b78 } else { crc >> 1 };
             bit += 1;
         }
         table[byte] = crc;
@@ -89,7 +89,7 @@ const TABLE: [u32; 256] = {
 };
 
 pub(super) fn crc32c(bytes: &[u8]) -> u32 {
-    let step = |crc: u32, byte: &u8| crc >> 8 ^ TABLE[usize::from(crc as u8 ^ byte)];
+    let step = |crc: u32, byte: &u8| (crc >> 8) ^ TABLE[usize::from(crc as u8 ^ byte)];
     !bytes.iter().fold(!0, step)
 }
 
