@@ -152,6 +152,6 @@ mod tests {
     #[test]
     fn exit_codes_and_signals_pass_through() {
         let code = |script: &str| code_of(status_of(Command::new("sh").args(["-c", script])).unwrap());
-        assert_eq!((code("exit 0"), code("exit 7"), code("kill -INT $$")), (0, 7, 130));
+        assert_eq!((code("exit 0"), code("exit 7"), code("kill -TERM $$")), (0, 7, 143));
     }
 }
