@@ -6,7 +6,7 @@
 #
 # CM       the program (target/release/cm); LD_LIBRARY_PATH must name a libtorch with CUDA
 # FASHION  the folder of Fashion-MNIST's four IDX files
-# SECONDS  time for each of the eight trainings; at the default of 55 the whole fits ten minutes
+# SECONDS  time for each of the eight trainings; at the default of 65 the whole fits ten minutes
 #
 # DEVICE (cuda) and OUT (out/gpu) may be set. What has been published stays if a later run fails.
 set -euo pipefail
@@ -16,7 +16,7 @@ if [ $# -lt 2 ]; then
     sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
-cm=$1 fashion=$2 seconds=${3:-55}
+cm=$1 fashion=$2 seconds=${3:-65}
 device=${DEVICE:-cuda} out=${OUT:-out/gpu}
 failed=()
 

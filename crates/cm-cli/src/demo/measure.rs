@@ -8,8 +8,10 @@ use tch::{Device, Tensor};
 
 use crate::experiment::Experiment;
 
-/// The most images that the classifier is trained on.
-const CLASSIFIER_IMAGES: usize = 20_000;
+/// The first so many images of a large set are what samples are measured against.
+const TRAIN_IMAGES: usize = 20_000;
+/// And so many held-out ones.
+const HELD_OUT_IMAGES: usize = 2_000;
 
 /// Training and held-out images of the demo's data, with their labels where there are some.
 pub struct Sets {
@@ -55,7 +57,9 @@ impl Sets {
             let mut spec = experiment.data.clone();
             (spec.split, spec.labels) = (split, LabelRule::Auto);
             let set = spec.open()?;
-            let all = Batch::gather(&*set, 0..set.len() as u32)?;
+            // Distances between all images of a large set would take longer than a short training.
+            let most = if split == Split::Train { TRAIN_IMAGES } else { HELD_OUT_IMAGES };
+            let all = Batch::gather(&*set, 0..set.len().min(most) as u32)?;
             let labels = all.labels.iter().flatten().map(|&label| i64::from(label)).collect();
             Ok((all.to_images(Device::Cpu)?, labels, Dataset::num_classes(&*set) as i64))
         };
@@ -72,14 +76,13 @@ impl Sets {
     /// What measures: a classifier that is trained here, where there are labels, and distances to the training
     /// images.
     pub fn yardstick(&self, seed: u64) -> Result<Yardstick> {
-        // Twenty passes over a small set, two over the first images of a large one.
+        // Twenty passes over a small set, two over a large one.
         let most = ClassifierSpec::default();
-        let used = self.train_labels.len().min(CLASSIFIER_IMAGES);
-        let epochs = (2 * CLASSIFIER_IMAGES / used.max(1)).clamp(2, most.epochs as usize) as u32;
+        let epochs =
+            (2 * TRAIN_IMAGES / self.train_labels.len().max(1)).clamp(2, most.epochs as usize) as u32;
         let spec = ClassifierSpec { seed, epochs, ..most };
-        let (images, labels) = (self.train.narrow(0, 0, used as i64), &self.train_labels[..used]);
-        let classifier =
-            (self.classes > 0).then(|| Classifier::train(&images, labels, self.classes, spec)).transpose()?;
+        let train = || Classifier::train(&self.train, &self.train_labels, self.classes, spec);
+        let classifier = (self.classes > 0).then(train).transpose()?;
         Ok(Yardstick::new(&self.train, &self.held_out, classifier)?)
     }
 
