@@ -171,13 +171,15 @@ pub fn each_batch(input: &Input, batch: usize, sink: &mut dyn FnMut(&Tensor) -> 
             }
             Ok(())
         }
-        Input::Model(args) => sample::each_batch(args, &mut |images| {
-            let shape = crate::pictures::shape_of(images);
-            let bytes = cm_data::batch::from_tensor(images)?;
-            sink(&cm_data::batch::to_tensor(&bytes, shape, Device::Cpu)?)
-        }),
+        Input::Model(args) => sample::each_batch(args, &mut |images| sink(&as_stored(images)?)),
         Input::Statistics(path) => bail!("{}: statistics hold no images", path.display()),
     }
+}
+
+/// Samples `[B, C, H, W]` as they are once stored as bytes, on the CPU.
+pub fn as_stored(images: &Tensor) -> Result<Tensor> {
+    let bytes = cm_data::batch::from_tensor(images)?;
+    Ok(cm_data::batch::to_tensor(&bytes, crate::pictures::shape_of(images), Device::Cpu)?)
 }
 
 /// The digest of a set, with a bar where that takes long.

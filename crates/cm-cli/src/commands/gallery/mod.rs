@@ -16,7 +16,6 @@ use crate::args::GalleryArgs;
 use crate::exit::{OrUsage, Outcome};
 use crate::pictures;
 use crate::sources::ModelSource;
-use crate::ui::Bar;
 
 /// Every tenth emoji is held out, as emoji-gallery.toml says.
 const HOLDOUT: usize = 10;
@@ -62,17 +61,13 @@ pub fn gallery(args: &GalleryArgs) -> Outcome {
     let f = model.consistency().with_context(name).or_usage()?;
     let gallery =
         Gallery::new(f, file.spec.precond.rho).with_context(|| path.display().to_string()).or_usage()?;
-    let mut bar = Bar::new("gallery", "pictures", 0, PICTURES.len() as u64);
-    for (done, (name, draw)) in (0..).zip(PICTURES) {
-        bar.set(done, name.to_owned());
+    for (name, draw) in PICTURES {
+        eprintln!("{name}");
         let sheets = draw(&gallery).with_context(|| name.to_owned())?;
         let rows = sheets.iter().map(|edited| edited.sheet.draw()).collect::<Result<Vec<_>>>()?;
-        pictures::save_png(&stacked(&rows), &args.out.join(format!("{name}.png")))?;
-    }
-    bar.set(PICTURES.len() as u64, String::new());
-    bar.finish();
-    for (name, _) in PICTURES {
-        println!("{}", args.out.join(format!("{name}.png")).display());
+        let picture = args.out.join(format!("{name}.png"));
+        pictures::save_png(&stacked(&rows), &picture)?;
+        println!("{}", picture.display());
     }
     Ok(())
 }

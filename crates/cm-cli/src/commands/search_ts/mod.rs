@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use cm_data::{Fit, LabelRule, SourceKind, SourceSpec};
 use cm_model::{Compute, ConsistencyFn, ImageShape, TensorMap};
-use cm_net::import::{self, NUM_SCALES};
-use cm_net::{ModelFile, ModelSpec};
+use cm_net::ModelSpec;
+use cm_net::import::NUM_SCALES;
 use cm_sampler::search::{Scored, TimeSearch};
-use cm_sampler::{Hooks, Method, Request, Times, sample_batches};
+use cm_sampler::{Method, Request, Times};
 use log::{Log, Settings};
 use score::Score;
 
@@ -21,7 +21,8 @@ use crate::args::{ScoreKind, SearchArgs};
 use crate::config::Source;
 use crate::exit::{OrUsage, Outcome};
 use crate::experiment::Experiment;
-use crate::runs::{self, CONFIG_FILE};
+use crate::runs::CONFIG_FILE;
+use crate::sources::ModelSource;
 use crate::ui::{Bar, clock};
 
 /// Points of the grid where neither the command nor the model says how many: those of the published time points.
@@ -29,7 +30,8 @@ const GRID: usize = 40;
 
 /// Runs `cm search-ts`.
 pub fn search_ts(args: &SearchArgs) -> Outcome {
-    let (path, file) = read(args).or_usage()?;
+    let source = ModelSource::find(&args.model, args.kind.as_deref(), args.ema.as_deref()).or_usage()?;
+    let (path, file) = (&source.path, source.read().or_usage()?);
     let steps = args.steps.map_or_else(|| grid_of(&file.spec), Ok).or_usage()?;
     let search = TimeSearch::new(args.points, steps).or_usage()?;
     let device = session::device(&args.device).or_usage()?;
@@ -47,7 +49,7 @@ pub fn search_ts(args: &SearchArgs) -> Outcome {
         samples: args.samples,
         data: format!("{}, {} images", set.source(), set.len()),
     };
-    let at = args.log.clone().unwrap_or_else(|| beside(&path, args.score, steps));
+    let at = args.log.clone().unwrap_or_else(|| beside(path, args.score, steps));
     let mut log = Log::open(&at, &settings).or_usage()?;
     eprintln!("log: {} ({} evaluations known)", at.display(), log.known.len());
     let sampler = Sampler { f: f.as_ref(), args, steps, rho: settings.rho };
@@ -83,17 +85,6 @@ fn command(args: &SearchArgs, ts: &[usize], steps: usize) -> String {
         }
     }
     format!("{words} --sampler multistep --ts {} --steps {steps}", list(ts))
-}
-
-/// The model, and the file or folder that it lies in.
-fn read(args: &SearchArgs) -> Result<(PathBuf, ModelFile)> {
-    let path = match import::is_diffusers_folder(&args.model) {
-        true => args.model.clone(),
-        false => runs::find_model(&args.model, args.ema.as_deref())?,
-    };
-    let kind = args.kind.as_deref().map(str::parse).transpose()?;
-    let file = import::load_any(&path, kind)?;
-    Ok((path, file))
 }
 
 fn grid_of(spec: &ModelSpec) -> Result<usize> {
@@ -173,16 +164,14 @@ impl Sampler<'_> {
         let request = Request { labels, batch: self.args.batch, ..Request::new(&seeds) };
         let mut bar = Bar::new("sample", "images", 0, seeds.len() as u64);
         let mut running = score.start();
-        let mut failed = None;
-        sample_batches(&method, &request, Hooks::default(), &mut |range, images| {
-            failed = failed.take().or_else(|| running.add(&images).err());
-            bar.set(range.end as u64, format!("ts {}", list(ts)));
-            Ok(())
-        })?;
-        bar.finish();
-        if let Some(error) = failed {
-            return Err(error);
+        for evaluation in method.stream(&request)? {
+            let evaluation = evaluation?;
+            if let Some(images) = evaluation.finished {
+                running.add(&images)?;
+                bar.set(evaluation.images.end as u64, format!("ts {}", list(ts)));
+            }
         }
+        bar.finish();
         running.finish()
     }
 }

@@ -6,7 +6,7 @@ use cm_eval::{Divisor, Moments, MomentsStream, frechet_distance};
 use cm_model::ImageShape;
 use tch::{Device, Tensor};
 
-use super::super::eval::input::digest_of;
+use super::super::eval::input::{as_stored, digest_of};
 use super::super::eval::judge::{Judge, shape_of};
 use crate::args::{ScoreKind, SearchArgs};
 
@@ -76,7 +76,12 @@ impl Score {
 impl Running<'_> {
     /// Takes in samples `[B, C, H, W]` in [-1, 1].
     pub fn add(&mut self, images: &Tensor) -> Result<()> {
-        Ok(self.samples.add(&features(self.score.net.as_ref(), images)?)?)
+        let features = match &self.score.net {
+            None => features(None, images),
+            // Networks see them as `cm eval` shows them: as they are once stored.
+            judge => features(judge.as_ref(), &as_stored(images)?),
+        }?;
+        Ok(self.samples.add(&features)?)
     }
 
     /// The score of all of them.
