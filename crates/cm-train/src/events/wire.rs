@@ -71,29 +71,7 @@ pub(super) fn step_of(event: &[u8], wall_time: u64, step: u64) -> Option<u64> {
     None
 }
 
-/// CRC-32C of each byte: the polynomial of Castagnoli, bits reversed.
-const TABLE: [u32; 256] = {
-    let mut table = [0; 256];
-    let mut byte = 0;
-    while byte < 256 {
-        let mut crc = byte as u32;
-        let mut bit = 0;
-        while bit < 8 {
-            crc = if crc & 1 == 1 { (crc >> 1) ^ 0x82f6_3b78 } else { crc >> 1 };
-            bit += 1;
-        }
-        table[byte] = crc;
-        byte += 1;
-    }
-    table
-};
-
-pub(super) fn crc32c(bytes: &[u8]) -> u32 {
-    let step = |crc: u32, byte: &u8| (crc >> 8) ^ TABLE[usize::from(crc as u8 ^ byte)];
-    !bytes.iter().fold(!0, step)
-}
-
 /// The checksum as records have it: rotated and shifted, so that data which itself holds checksums is no special case.
 pub(super) fn masked_crc32c(bytes: &[u8]) -> u32 {
-    crc32c(bytes).rotate_right(15).wrapping_add(0xa282_ead8)
+    crc32c::crc32c(bytes).rotate_right(15).wrapping_add(0xa282_ead8)
 }
