@@ -6,7 +6,8 @@ use anyhow::{Context, Result, bail};
 use cm_data::{AugmentSpec, SourceSpec};
 use cm_model::Compute;
 use cm_net::{ModelSpec, NetSpec, PrecondSpec, Role};
-use cm_train::{Levels, Method, RunSpec, TrainSpec};
+use cm_schedule::NumScales;
+use cm_train::{Levels, Method, PairRule, RunSpec, TrainSpec};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
@@ -147,6 +148,17 @@ impl Experiment {
     /// The experiment as a TOML file, with every value written out.
     pub fn to_toml(&self) -> Result<String> {
         toml::to_string(self).context("writing the experiment as TOML")
+    }
+
+    /// Sets the length of the run. Schedules scale with it by themselves, but for the stages of progressive distillation.
+    pub fn set_steps(&mut self, steps: u64) {
+        self.train.total_steps = steps;
+        if let PairRule::Steps { num_scales: NumScales::ProgDist { start, steps_per_stage }, .. } =
+            &mut self.train.pairs
+        {
+            // All stages but the last two are of one length, and these two of twice that.
+            *steps_per_stage = (steps / u64::from(start.ilog2() + 3)).max(1);
+        }
     }
 
     /// Points the data at `path`, where the data comes from a path.

@@ -96,7 +96,7 @@ pub enum Error {
         limit: u64,
     },
     /// An image, or a member of an archive, does not decode.
-    #[error("{file}: cannot decode: {cause}; replace the file or take it out of the set")]
+    #[error("{file}: cannot decode: {cause}; replace or remove the file")]
     Corrupt {
         /// The image file, and the archive around it.
         file: String,

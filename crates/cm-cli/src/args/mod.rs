@@ -5,6 +5,7 @@ pub mod edit;
 mod eval;
 mod gallery;
 mod model;
+mod report;
 mod sample;
 mod search;
 
@@ -19,6 +20,7 @@ pub use edit::{EDIT_EXAMPLES, EditCommand};
 pub use eval::{EVAL_EXAMPLES, EvalArgs, Metric};
 pub use gallery::{GALLERY_EXAMPLES, GalleryArgs};
 pub use model::{ExportForm, LPIPS_KINDS, ModelCommand, StoredDtype};
+pub use report::{REPORT_EXAMPLES, ReportArgs, ReportData};
 pub use sample::{SAMPLE_EXAMPLES, SampleArgs, SamplerKind};
 pub use search::{SEARCH_EXAMPLES, ScoreKind, SearchArgs};
 
@@ -68,6 +70,9 @@ pub enum Command {
     /// Train and sample a small model on bundled data, measure it and draw pictures, in minutes on a CPU.
     #[command(after_help = DEMO_EXAMPLES)]
     Demo(DemoArgs),
+    /// Make the paper's comparisons on a data set: train, measure, judge the claims, draw; hours on a CPU.
+    #[command(after_help = REPORT_EXAMPLES)]
+    Report(Box<ReportArgs>),
     /// Look at data sets.
     #[command(subcommand)]
     Data(DataCommand),
