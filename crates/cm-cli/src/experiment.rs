@@ -179,7 +179,10 @@ impl Experiment {
             );
         }
         // Files are decoded when they are drawn: images of a wrong size are better found before a network is built.
-        data.get(0)?;
+        match data.get(0) {
+            Err(cm_data::Error::Corrupt { .. }) if self.data.max_corrupt > 0 => {}
+            first => drop(first?),
+        }
         let (classes, known) = (self.network.num_classes(), data.num_classes() as i64);
         if classes > 0 && known == 0 {
             bail!("{}: the images have no labels, and the network has {classes} classes", data.source());

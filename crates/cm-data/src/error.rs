@@ -103,6 +103,16 @@ pub enum Error {
         /// The decoder's reason, in one line.
         cause: String,
     },
+    /// More images do not decode than may be passed over.
+    #[error("{last}; {count} images do not decode, and data.max_corrupt = {most} are passed over")]
+    TooManyCorrupt {
+        /// What is wrong with the last of them.
+        last: String,
+        /// How many there are so far.
+        count: usize,
+        /// How many may be passed over.
+        most: usize,
+    },
     /// A label lies outside the classes.
     #[error("{file}: image {index}: label {value} is outside 0..={}", u64::from(*classes).saturating_sub(1))]
     Label {

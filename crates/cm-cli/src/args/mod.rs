@@ -11,7 +11,7 @@ mod search;
 
 use std::path::PathBuf;
 
-use clap::builder::{OsStringValueParser, TypedValueParser};
+use clap::builder::{OsStringValueParser, RangedU64ValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use cm_torch::device::DeviceSpec;
 
@@ -240,12 +240,52 @@ pub enum DataCommand {
         #[arg(long, value_name = "PNG", default_value = "out/contact-sheet.png")]
         sheet: PathBuf,
     },
+    /// Decode a set once and write it as NumPy arrays, which training reads in place (kind = "shards").
+    #[command(after_help = PACK_EXAMPLES)]
+    Pack(PackArgs),
     /// Download CIFAR-10's binary archive; a torn download goes on where it stood.
     Fetch {
         /// Folder for the archive.
         #[arg(long, value_name = "DIR", default_value = "data/cifar10")]
         out: PathBuf,
     },
+}
+
+const PACK_EXAMPLES: &str = "\
+Examples:
+  cm data pack ~/imagenet/train --out data/imagenet64 --resolution 64 --fit center_crop --filter area --labels folder
+  cm data pack ~/lsun/bedroom_train_lmdb --out data/bedroom64 --resolution 64 --fit center_crop
+  cm train --config imagenet64-ct --data data/imagenet64 --set data.kind=shards";
+
+/// Options of `cm data pack`.
+#[derive(Debug, Args)]
+pub struct PackArgs {
+    /// A file or folder of any supported kind.
+    pub path: PathBuf,
+    /// The new folder.
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Side of the square images in pixels [default: that of the first image].
+    #[arg(long, value_name = "PIXELS")]
+    pub resolution: Option<usize>,
+    /// exact, center_crop or stretch: what is done with images of another size.
+    #[arg(long, default_value = "exact")]
+    pub fit: String,
+    /// area, bicubic or lanczos: the kernel for that [default: lanczos].
+    #[arg(long)]
+    pub filter: Option<String>,
+    /// grey or rgb [default: that of the first image].
+    #[arg(long)]
+    pub channels: Option<String>,
+    /// none, auto, dataset_json, prefix or folder: where labels come from.
+    #[arg(long, default_value = "auto")]
+    pub labels: String,
+    /// Images in a file.
+    #[arg(long, default_value = "10000", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    pub per_shard: usize,
+    /// Leave out so many images that do not decode, each named in a warning; one more is an error.
+    #[arg(long, value_name = "N", default_value = "0")]
+    pub max_corrupt: usize,
 }
 
 /// `cm fetch …`.
