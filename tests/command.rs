@@ -191,8 +191,20 @@ impl Running {
 
     /// Sends a signal, such as `KILL` or `INT`.
     pub fn signal(&self, name: &str) {
-        let status = Command::new("kill").args([format!("-{name}"), self.0.id().to_string()]).status();
+        self.signal_to(self.0.id(), name);
+    }
+
+    /// Sends a signal to another process, such as one of its children.
+    pub fn signal_to(&self, process: u32, name: &str) {
+        let status = Command::new("kill").args([format!("-{name}"), process.to_string()]).status();
         assert!(status.expect("kill starts").success(), "kill -{name} failed");
+    }
+
+    /// The processes that it started and that have not ended, in the order of their start.
+    pub fn children(&self) -> Vec<u32> {
+        let id = self.0.id();
+        let list = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).expect("a list of children");
+        list.split_whitespace().map(|child| child.parse().expect("a number")).collect()
     }
 
     /// Waits for the end.

@@ -5,4 +5,4 @@ mod command;
 mod weights;
 
 pub use command::{Cm, Done, Running, Sandbox, root};
-pub use weights::{assert_same_checkpoint, largest_difference};
+pub use weights::{assert_same_checkpoint, largest_difference, relative_difference};

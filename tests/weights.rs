@@ -33,6 +33,20 @@ pub fn largest_difference(one: &Path, other: &Path) -> f64 {
     a.tensors.iter().map(difference).fold(0.0, f64::max)
 }
 
+/// The norm of the difference between the tensors of two files whose names `of` takes, by the norm of those of `one`.
+pub fn relative_difference(one: &Path, other: &Path, of: impl Fn(&str) -> bool) -> f64 {
+    let (a, b) = (read(one), read(other));
+    assert!(a.tensors.keys().eq(b.tensors.keys()), "{} and {}", one.display(), other.display());
+    let square = |tensor: &Tensor| tensor.to_kind(Kind::Double).square().sum(Kind::Double).double_value(&[]);
+    let (mut difference, mut norm) = (0.0, 0.0);
+    for (name, tensor) in a.tensors.iter().filter(|(name, _)| of(name)) {
+        difference += square(&(tensor.to_kind(Kind::Double) - &b.tensors[name].to_kind(Kind::Double)));
+        norm += square(tensor);
+    }
+    assert!(norm > 0.0, "{}: nothing to compare", one.display());
+    (difference / norm).sqrt()
+}
+
 fn tensor_files(folder: &Path) -> BTreeSet<String> {
     let entries = fs::read_dir(folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
     let names = entries.map(|entry| entry.expect("an entry").file_name().to_string_lossy().into_owned());

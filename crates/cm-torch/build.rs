@@ -64,6 +64,8 @@ fn compile_shim(include: &Path) -> Result<(), String> {
         .warnings(true)
         .extra_warnings(true)
         .flag(format!("-D_GLIBCXX_USE_CXX11_ABI={abi}"))
+        // What libtorch's headers name of Gloo, whose own headers its wheel lacks.
+        .include("shim")
         // -isystem keeps warnings in libtorch's own headers out of our build.
         .flag("-isystem")
         .flag(include.as_os_str())

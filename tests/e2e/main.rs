@@ -8,6 +8,7 @@ mod inform;
 mod lpips;
 mod model;
 mod report;
+mod ranks;
 mod sample;
 mod search;
 mod solvers;

@@ -126,6 +126,14 @@ All arguments go to `cm train-teacher`; `cargo xtask cm train-teacher --help` li
 All arguments go to `cm distill`; `cargo xtask cm distill --help` lists them.")]
     Distill(Rest),
 
+    /// Start several processes on this machine that train one model together
+    #[command(after_help = "Examples:
+  cargo xtask launch --nproc 2 -- train --config digits-ct --out runs/digits
+  cargo xtask launch --nproc 4 -- train --out runs/digits --resume
+
+All arguments go to `cm launch`; `cargo xtask cm launch --help` lists them.")]
+    Launch(Rest),
+
     /// Download published weights, such as those of the metric LPIPS
     #[command(after_help = "Examples:
   cargo xtask fetch lpips             into data/lpips, where training looks for them
@@ -216,6 +224,7 @@ pub fn run(cli: Cli) -> Result<u8> {
         Command::TrainCifar10(rest) => runner::program("cm", &["train-cifar10"], rest.args),
         Command::TrainTeacher(rest) => runner::program("cm", &["train-teacher"], rest.args),
         Command::Distill(rest) => runner::program("cm", &["distill"], rest.args),
+        Command::Launch(rest) => runner::program("cm", &["launch"], rest.args),
         Command::Fetch(rest) => runner::program("cm", &["fetch"], rest.args),
         Command::Cm(cm) => runner::program("cm", &[], cm.args),
     }
@@ -280,6 +289,10 @@ mod tests {
         let cli = Cli::try_parse_from(["xtask", "fetch", "lpips", "--net", "all"]).unwrap();
         let Command::Fetch(rest) = cli.command else { panic!("not a fetch") };
         assert_eq!(rest.args, ["lpips", "--net", "all"]);
+        let words = ["--nproc", "2", "--", "train", "--config", "c.toml"];
+        let cli = Cli::try_parse_from([&["xtask", "launch"], &words[..]].concat()).unwrap();
+        let Command::Launch(rest) = cli.command else { panic!("not a launch") };
+        assert_eq!(rest.args, words);
         for (given, passed) in
             [(vec!["xtask", "cm", "--help"], vec!["--help"]), (vec!["xtask", "cm", "--", "-V"], vec!["-V"])]
         {

@@ -11,6 +11,13 @@ pub enum Failure {
     Run(anyhow::Error),
     /// The loss or a gradient was not finite. Exit code 3.
     Diverged(anyhow::Error),
+    /// One of several processes that were started together failed. Its exit code.
+    Rank {
+        /// The exit code.
+        code: u8,
+        /// What happened to which rank.
+        what: String,
+    },
     /// Ctrl-C, after what was computed had been saved. Exit code 130.
     Interrupted(String),
 }
@@ -26,6 +33,7 @@ impl Failure {
             Failure::Run(_) => 1,
             Failure::Diverged(_) => 3,
             Failure::Interrupted(_) => 130,
+            Failure::Rank { code, .. } => *code,
         }
         .into()
     }
@@ -37,6 +45,7 @@ impl fmt::Display for Failure {
             Failure::Usage(error) | Failure::Run(error) | Failure::Diverged(error) => {
                 write!(f, "error: {}", one_line(error))
             }
+            Failure::Rank { what, .. } => write!(f, "error: {what}"),
             Failure::Interrupted(what) => write!(f, "interrupted: {what}"),
         }
     }

@@ -15,6 +15,7 @@ mod pictures;
 #[cfg(test)]
 mod published;
 mod report;
+mod ranks;
 mod runs;
 mod sources;
 mod ui;
@@ -30,7 +31,9 @@ fn main() -> ExitCode {
     match std::panic::catch_unwind(|| run(&command)) {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(failure)) => {
-            eprintln!("{failure}");
+            if !(ui::is_quiet() && matches!(failure, exit::Failure::Interrupted(_))) {
+                eprintln!("{failure}");
+            }
             failure.code()
         }
         Err(_) => ExitCode::FAILURE,
@@ -39,10 +42,11 @@ fn main() -> ExitCode {
 
 fn run(command: &Command) -> exit::Outcome {
     match command {
-        Command::Train(args) => commands::train::train(args),
-        Command::TrainCifar10(args) => commands::train::train_cifar10(args),
-        Command::TrainTeacher(args) => commands::train::train_teacher(args),
-        Command::Distill(args) => commands::distill::distill(args),
+        Command::Train(args) => ranks::together(|ranks| commands::train::train(args, ranks)),
+        Command::TrainCifar10(args) => ranks::together(|ranks| commands::train::train_cifar10(args, ranks)),
+        Command::TrainTeacher(args) => ranks::together(|ranks| commands::train::train_teacher(args, ranks)),
+        Command::Distill(args) => ranks::together(|ranks| commands::distill::distill(args, ranks)),
+        Command::Launch(args) => commands::launch::launch(args),
         Command::Sample(args) => commands::sample::sample(args),
         Command::SearchTs(args) => commands::search_ts::search_ts(args),
         Command::Edit(command) => commands::edit::edit(command),

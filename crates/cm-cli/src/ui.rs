@@ -1,10 +1,30 @@
 //! Progress on a terminal, and plain lines where there is none.
 
 use std::io::IsTerminal;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use tch::Device;
+
+static QUIET: AtomicBool = AtomicBool::new(false);
+
+/// Makes this process one that says nothing but errors: another one speaks for it.
+pub fn be_quiet() {
+    QUIET.store(true, Ordering::Relaxed);
+}
+
+/// Whether this process says nothing but errors.
+pub fn is_quiet() -> bool {
+    QUIET.load(Ordering::Relaxed)
+}
+
+/// Prints a line for the user, unless another process does.
+pub fn say(line: &str) {
+    if !is_quiet() {
+        eprintln!("{line}");
+    }
+}
 
 /// A progress bar with rate and time left; where stderr is no terminal, a line every ten seconds instead.
 pub struct Bar {

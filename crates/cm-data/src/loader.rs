@@ -186,12 +186,17 @@ impl Loader {
     ///
     /// At most `prefetch` finished batches wait; the thread ends with the stream.
     pub fn stream(&self, steps: Range<u64>) -> Batches {
+        self.stream_rows(steps, 0..self.inner.spec.batch)
+    }
+
+    /// The images `rows` of the batches of `steps`, as [`stream`](Self::stream) and [`rows_at`](Self::rows_at).
+    pub fn stream_rows(&self, steps: Range<u64>, rows: Range<usize>) -> Batches {
         let (sender, receiver) = sync_channel(self.inner.spec.prefetch.max(1));
         let inner = self.inner.clone();
         let due = steps.clone();
         let spawned = std::thread::Builder::new().name("loader".into()).spawn(move || {
             for step in steps {
-                let batch = inner.rows_at(step, 0..inner.spec.batch);
+                let batch = inner.rows_at(step, rows.clone());
                 let failed = batch.is_err();
                 if sender.send(batch).is_err() || failed {
                     break;
@@ -335,6 +340,8 @@ mod tests {
         let (one, two) = (loader.rows_at(2, 0..3).unwrap(), loader.rows_at(2, 3..5).unwrap());
         assert_eq!([one.pixels, two.pixels].concat(), whole.pixels);
         assert_eq!([one.ids, two.ids].concat(), whole.ids);
+        let stream: Vec<Batch> = loader.stream_rows(2..4, 3..5).map(Result::unwrap).collect();
+        assert_eq!(stream, [loader.rows_at(2, 3..5).unwrap(), loader.rows_at(3, 3..5).unwrap()]);
         assert!(loader.rows_at(2, 3..6).is_err());
         assert!(loader.batch_at(u64::MAX).is_err() && loader.batch_at(1 << 55).is_err());
     }

@@ -19,7 +19,8 @@ pub trait Backbone {
     /// # Shapes
     /// `x` `[B, C, H, W]` float32, already scaled by `c_in`; `c_noise` `[B]` float32; the result is
     /// `[B, C, H, W]`. With `train` the dropout layers are on and draw from libtorch's generator, which the
-    /// caller has seeded ([`crate::Preconditioned::evaluate`] does).
+    /// caller has seeded ([`crate::Preconditioned::evaluate`] does). [`cm_torch::rng::dropout`] draws them so that a
+    /// batch that is spread over processes gets the masks that it gets in one.
     ///
     /// # Errors
     /// [`crate::Error::Shape`] for a condition that does not fit the network.

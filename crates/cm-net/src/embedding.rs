@@ -2,6 +2,7 @@
 
 use std::f64::consts::TAU;
 
+use cm_model::torch::rng;
 use cm_model::{Cond, Error, Result};
 use tch::{Device, Kind, Tensor};
 
@@ -84,7 +85,7 @@ pub(crate) fn class_rows(
     if dropout == 0.0 {
         return Ok(rows);
     }
-    let keep = Tensor::rand([batch, 1], (Kind::Float, device)).ge(dropout);
+    let keep = rng::uniform_rows(batch, device).ge(dropout);
     Ok(rows * keep.to_kind(Kind::Float))
 }
 

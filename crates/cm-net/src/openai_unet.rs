@@ -1,4 +1,5 @@
 use cm_model::torch::autocast::Autocast;
+use cm_model::torch::rng;
 use cm_model::{Backbone, Cond, Error, ImageShape, Init, ParamPath, Params, ParamsBuilder};
 use tch::Tensor;
 
@@ -307,7 +308,7 @@ impl ResBlock {
         } else {
             self.out_norm.forward(&(h + emb))
         };
-        let h = self.out_conv.forward(&h.silu().dropout(self.dropout, train));
+        let h = self.out_conv.forward(&rng::dropout(&h.silu(), self.dropout, train));
         match &self.skip {
             Some(skip) => h + skip.forward(&x),
             None => h + x,

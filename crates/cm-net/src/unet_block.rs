@@ -1,6 +1,7 @@
 //! The residual block of SongUNet and of ADM in EDM's unified form.
 
 use cm_model::ParamPath;
+use cm_model::torch::rng;
 use tch::Tensor;
 
 use crate::Result;
@@ -149,7 +150,7 @@ impl UnetBlock {
         } else {
             self.norm1.forward(&(h + emb))
         };
-        let h = self.conv1.forward(&h.silu().dropout(self.dropout, train));
+        let h = self.conv1.forward(&rng::dropout(&h.silu(), self.dropout, train));
         let x = match &self.skip {
             Some(skip) => self.scaled(h + skip.forward(x)),
             None => self.scaled(h + x),

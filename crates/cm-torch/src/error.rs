@@ -56,6 +56,34 @@ pub enum Error {
         /// Every difference: missing, unexpected, of another shape or kind.
         differences: Vec<String>,
     },
+    /// A variable of the environment by which a launcher says who this process is cannot be used.
+    #[error("{name}{}: expected {expected}; {advice}", .got.as_ref().map_or(" is not set".into(), |got| format!("={got}")))]
+    Variable {
+        /// The variable.
+        name: &'static str,
+        /// Its value, if it is set.
+        got: Option<String>,
+        /// What was expected.
+        expected: String,
+        /// What to do.
+        advice: String,
+    },
+    /// Another rank, or this one, ended or stopped, and with it what all ranks do together.
+    #[error("rank {rank}: {cause}")]
+    Rank {
+        /// The rank.
+        rank: usize,
+        /// What happened to it.
+        cause: String,
+    },
+    /// The ranks could not meet, or lost one another, and it is not known which is to blame.
+    #[error("{during}: {cause}")]
+    Exchange {
+        /// What they were doing.
+        during: String,
+        /// What went wrong.
+        cause: String,
+    },
     /// The operating system refused to tell or to do something.
     #[error("{what}: {source}")]
     Io {

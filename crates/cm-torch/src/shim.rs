@@ -7,6 +7,8 @@ use torch_sys::C_tensor;
 
 use crate::{Error, Result};
 
+pub(crate) mod dist;
+
 /// Mirrors `CmOptimStep` in `shim/optim.cpp`.
 #[repr(C)]
 pub(crate) struct OptimStep {

@@ -10,6 +10,7 @@
 //! | what happens in a run? | [`run`](fn@run), [`Observer`] |
 //! | what is on the disk? | [`Checkpoints`], [`progress.csv`](PROGRESS_FILE), [`stats.jsonl`](STATS_FILE), [`EventFile`] |
 //! | how much memory does it take? | [`MemoryModel`] |
+//! | how do several processes train together? | [`Trainer::join`], [`rows_of_rank`] |
 //!
 //! A recipe is data: diffusion, consistency distillation and training, iCT, ECT and progressive distillation are
 //! values of [`Recipe`], each with the loss that it names, not loops of their own. The crate
@@ -25,6 +26,7 @@ mod loss;
 mod memory;
 mod metric;
 mod networks;
+mod ranks;
 mod recipe;
 mod run;
 mod spec;
@@ -43,13 +45,14 @@ pub use checkpoint::{
 pub use cm_model::ImageDistance;
 pub use error::{BoxError, Error, Result};
 pub use events::{EVENTS_FILE, EventFile};
-pub use logs::{LogEntry, PROGRESS_FILE, STATS_FILE, SigmaBin};
+pub use logs::{LogEntry, PROGRESS_FILE, RankLog, STATS_FILE, SigmaBin};
 pub use loss::{
     Example, Losses, Target, Teacher, consistency_loss, denoising_loss, distillation_loss, progressive_loss,
 };
 pub use memory::{MemoryModel, gigabytes, measure_activations};
 pub use metric::{Distance, Metric};
 pub use networks::Networks;
+pub use ranks::{agree, rows_of_rank};
 pub use recipe::{
     Levels, Method, PairRule, Pairs, Place, Recipe, Schedule, TargetRule, TeacherRule, TeacherSolver,
 };

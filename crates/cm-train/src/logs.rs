@@ -75,11 +75,10 @@ impl Logs {
     /// after its last checkpoint, are cut off, and so is a torn last line.
     pub(crate) fn open(folder: &Path, step: u64) -> Result<Self> {
         fs::create_dir_all(folder).map_err(|e| Error::io(folder, "creating the folder", e))?;
-        let csv_step = |line: &str| line.split(',').next()?.parse::<u64>().ok();
         let json_step =
             |line: &str| serde_json::from_str::<serde_json::Value>(line).ok()?.get("step")?.as_u64();
         let progress = Appended::open(folder.join(PROGRESS_FILE), Some(HEADER), |line| {
-            line == HEADER || csv_step(line).is_some_and(|s| s <= step)
+            line == HEADER || first_number(line).is_some_and(|s| s <= step)
         })?;
         let stats =
             Appended::open(folder.join(STATS_FILE), None, |line| json_step(line).is_some_and(|s| s <= step))?;
@@ -117,6 +116,56 @@ impl Logs {
         self.events.entry(&entry)?;
         Ok(Some(entry))
     }
+}
+
+/// Which images each rank of a run has seen: one file `ranks/rank-0001.csv` for each, with a row for each step.
+#[derive(Debug)]
+pub struct RankLog(Appended);
+
+const RANK_HEADER: &str = "step,first_id,last_id";
+
+impl RankLog {
+    /// Opens the log of `rank` of the run in `folder`, to go on behind `step`. Rank 0 also cuts later rows off the logs
+    /// of ranks that there are no more: the run goes on with `ranks` of them.
+    ///
+    /// # Errors
+    /// [`Error::Io`] with the file that cannot be read or written.
+    pub fn open(folder: &Path, rank: usize, ranks: usize, step: u64) -> Result<Self> {
+        let folder = folder.join("ranks");
+        fs::create_dir_all(&folder).map_err(|e| Error::io(&folder, "creating the folder", e))?;
+        let open = |rank: usize| {
+            Appended::open(folder.join(format!("rank-{rank:04}.csv")), Some(RANK_HEADER), |line| {
+                line == RANK_HEADER || first_number(line).is_some_and(|s| s <= step)
+            })
+        };
+        if rank == 0 {
+            let entries = fs::read_dir(&folder).map_err(|e| Error::io(&folder, "reading the folder", e))?;
+            for entry in entries.flatten() {
+                let name = entry.file_name();
+                let number = name.to_str().and_then(|name| name.strip_prefix("rank-")?.strip_suffix(".csv"));
+                if let Some(number) = number.and_then(|number| number.parse().ok()).filter(|n| *n >= ranks) {
+                    open(number)?;
+                }
+            }
+        }
+        open(rank).map(Self)
+    }
+
+    /// Adds a row: the ids of the images that this rank has in `step`, which follow one another. (An image's id is its
+    /// place in the sequence of all images that the run draws.)
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the row cannot be written.
+    pub fn add(&mut self, step: u64, ids: &[u64]) -> Result<()> {
+        match (ids.first(), ids.last()) {
+            (Some(first), Some(last)) => self.0.line(&format!("{step},{first},{last}")),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn first_number(line: &str) -> Option<u64> {
+    line.split(',').next()?.parse().ok()
 }
 
 /// Sums over some steps.
@@ -287,6 +336,25 @@ mod tests {
         let steps: Vec<_> =
             stats.lines().map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap()).collect();
         assert!(steps.iter().map(|v| v["step"].as_u64().unwrap()).eq(1..=6));
+    }
+
+    #[test]
+    fn logs_of_ranks_go_on_behind_the_step_whatever_the_number_of_ranks() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = |rank: usize, ranks: usize, from: u64, to: u64| {
+            let mut log = RankLog::open(folder.path(), rank, ranks, from).unwrap();
+            for step in from + 1..=to {
+                let first = 8 * (step - 1) + (8 / ranks * rank) as u64;
+                log.add(step, &(first..first + 8 / ranks as u64).collect::<Vec<_>>()).unwrap();
+            }
+        };
+        (0..4).for_each(|rank| log(rank, 4, 0, 3));
+        (0..2).for_each(|rank| log(rank, 2, 2, 3));
+        let read = |rank: usize| {
+            fs::read_to_string(folder.path().join(format!("ranks/rank-000{rank}.csv"))).unwrap()
+        };
+        assert_eq!(read(1), "step,first_id,last_id\n1,2,3\n2,10,11\n3,20,23\n");
+        assert_eq!(read(3), "step,first_id,last_id\n1,6,7\n2,14,15\n");
     }
 
     #[test]

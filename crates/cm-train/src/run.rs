@@ -149,6 +149,9 @@ pub fn resume<M: Trainable>(trainer: &mut Trainer<M>, folder: &Path) -> Result<R
 /// The trainer may be new or resumed; a new one needs a folder without checkpoints. The state after the last step is
 /// always saved.
 ///
+/// Where several processes train ([`Trainer::join`]), all call this; rank 0 alone writes, and calls the observer for
+/// more than steps. A rank that is told to stop stops them all.
+///
 /// # Errors
 /// [`Error::Diverged`] if a loss or gradient is not finite; the last good checkpoint stays. Otherwise the first error
 /// of the source, the network, the disk or the observer.
@@ -160,31 +163,42 @@ pub fn run<M: Trainable>(
 ) -> Result<Ending> {
     session.spec.check()?;
     let checkpoints = Checkpoints::of_run(session.folder);
-    refuse_newer(&checkpoints, trainer.steps_done())?;
-    let mut logs = Logs::open(session.folder, trainer.steps_done())?;
+    let mut logs = match trainer.writes() {
+        true => {
+            refuse_newer(&checkpoints, trainer.steps_done())?;
+            Some(Logs::open(session.folder, trainer.steps_done())?)
+        }
+        false => None,
+    };
     let mut last_saved = None;
     let mut last_report = None;
-    while !trainer.is_finished() && !session.stop.load(Ordering::Relaxed) {
+    while !trainer.is_finished() && !trainer.any_wants_to_stop(session.stop.load(Ordering::Relaxed))? {
         let step = trainer.steps_done();
         let batch = source.batch(step).map_err(|source| Error::Batch { step: step + 1, source })?;
         let report = trainer.step(&batch).map_err(|error| diverged(error, &checkpoints))?;
         observer.on_step(&report);
-        logs.add(&report);
         let due = |every: u64| trainer.is_finished() || (every > 0 && report.step.is_multiple_of(every));
-        if due(session.spec.log_every) {
-            logs.write(&report)?.iter().for_each(|entry| observer.on_log(entry));
-        }
         if due(session.spec.checkpoint_every) {
-            save(trainer, &checkpoints, session, observer)?;
-            last_saved = Some(report.step);
+            trainer.compare()?;
         }
-        if due(session.spec.sample_every) {
-            let failed = |source| Error::Observer { step: report.step, source };
-            observer.on_sample(trainer).map_err(failed)?;
+        if let Some(logs) = &mut logs {
+            logs.add(&report);
+            if due(session.spec.log_every) {
+                logs.write(&report)?.iter().for_each(|entry| observer.on_log(entry));
+            }
+            if due(session.spec.checkpoint_every) {
+                save(trainer, &checkpoints, session, observer)?;
+                last_saved = Some(report.step);
+            }
+            if due(session.spec.sample_every) {
+                let failed = |source| Error::Observer { step: report.step, source };
+                observer.on_sample(trainer).map_err(failed)?;
+            }
         }
         last_report = Some(report);
     }
-    if let Some(report) = last_report.filter(|report| last_saved != Some(report.step)) {
+    let unsaved = last_report.filter(|report| last_saved != Some(report.step));
+    if let (Some(logs), Some(report)) = (&mut logs, unsaved) {
         logs.write(&report)?.iter().for_each(|entry| observer.on_log(entry));
         save(trainer, &checkpoints, session, observer)?;
     }

@@ -16,10 +16,10 @@ pub struct TrainSpec {
     pub seed: u64,
     /// The run's length K in steps; schedules are scaled to it, and the run ends there.
     pub total_steps: u64,
-    /// Images in a step.
+    /// Images in a step, on all ranks together.
     pub batch: usize,
-    /// Images that go through the network at once; the whole batch if left out. Smaller parts need less memory and
-    /// give the same gradient up to rounding.
+    /// Images that go through the network at once, on each rank; all that it has if left out. Smaller parts need less
+    /// memory and give the same gradient up to rounding.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub micro_batch: Option<usize>,
     /// How a pair of noise levels is drawn.
@@ -50,7 +50,7 @@ pub struct TrainSpec {
     pub replace_non_finite: Option<f64>,
 }
 
-/// Images of one step on one machine: more is a slip of the pen.
+/// Images of one step: more is a slip of the pen.
 const MOST_IMAGES: usize = 1 << 20;
 
 impl TrainSpec {
@@ -155,9 +155,15 @@ pub fn ema_name(rule: &EmaRule) -> String {
 /// A run that is resumed with other settings is no longer the run that it would have been.
 pub fn changed_settings(old: &TrainSpec, new: &TrainSpec) -> Vec<String> {
     // Settings are plain data: writing them as JSON cannot fail.
-    let value = |spec| serde_json::to_value(spec).unwrap_or_default();
+    let value =
+        |spec| serde_json::json!({ "train": serde_json::to_value::<&TrainSpec>(spec).unwrap_or_default() });
+    differences(&value(old), &value(new))
+}
+
+/// The keys in which two tables differ, with both values.
+pub(crate) fn differences(old: &serde_json::Value, new: &serde_json::Value) -> Vec<String> {
     let mut changes = Vec::new();
-    compare("train", Some(&value(old)), Some(&value(new)), &mut changes);
+    compare("", Some(old), Some(new), &mut changes);
     changes
 }
 
@@ -172,8 +178,10 @@ fn compare(
         (old, new) if old == new => {}
         (Some(Object(a)), Some(Object(b))) => {
             let keys: std::collections::BTreeSet<_> = a.keys().chain(b.keys()).collect();
-            keys.into_iter()
-                .for_each(|name| compare(&format!("{key}.{name}"), a.get(name), b.get(name), changes));
+            for name in keys {
+                let key = if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
+                compare(&key, a.get(name), b.get(name), changes);
+            }
         }
         (old, new) => {
             let text = |value: Option<&serde_json::Value>| value.map_or("none".to_owned(), |v| v.to_string());

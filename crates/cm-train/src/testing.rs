@@ -7,6 +7,7 @@ use cm_schedule::{
     Boundary, EmaRule, IndexDist, LrRule, NoiseCond, NumScales, Reading, SigmaRange, TargetEma, Weighting,
 };
 use cm_torch::optim::OptimKind;
+use cm_torch::rng;
 use tch::{Device, Kind, Tensor};
 
 use crate::recipe::Levels;
@@ -77,7 +78,7 @@ impl Backbone for Mlp {
         let scale = self.params.get("scale").unwrap();
         let input = Tensor::cat(&[x.view([batch, -1]), (c_noise * scale).view([batch, 1])], 1);
         let [(w0, b0), (w1, b1)] = &self.layers;
-        let hidden = input.linear(w0, Some(b0)).silu().dropout(self.dropout, train);
+        let hidden = rng::dropout(&input.linear(w0, Some(b0)).silu(), self.dropout, train);
         Ok(hidden.linear(w1, Some(b1)).view(SHAPE.batch(batch)))
     }
 }

@@ -1,7 +1,12 @@
+use std::ops::Range;
+use std::rc::Rc;
+
 use cm_model::{Cond, Denoiser, Mode, NoiseSource, Philox, Site};
 use cm_schedule::rng::Purpose;
 use cm_schedule::{EmaRule, KarrasGrid};
+use cm_torch::dist::ProcessGroup;
 use cm_torch::optim::{self, EmaTarget, Optimizer, StepOptions};
+use cm_torch::rng::Rows;
 use tch::{Device, Kind, Tensor};
 
 use crate::networks;
@@ -81,6 +86,8 @@ pub struct Trainer<M> {
     distance: Distance,
     pub(crate) step: u64,
     pub(crate) images: u64,
+    /// The other processes that train with this one, where there are some; see [`Trainer::join`].
+    pub(crate) group: Option<Rc<ProcessGroup>>,
 }
 
 impl<M: Trainable> Trainer<M> {
@@ -119,6 +126,7 @@ impl<M: Trainable> Trainer<M> {
             distance,
             step: 0,
             images: 0,
+            group: None,
         })
     }
 
@@ -176,7 +184,7 @@ impl<M: Trainable> Trainer<M> {
         Ok(use_model(&self.student))
     }
 
-    /// Takes one step on a batch: of Algorithm 2 or 3 (Song et al. 2023), or of whatever the recipe says.
+    /// Takes one step on a batch, or on this rank's [`rows`](Trainer::rows) of one: of Algorithm 2 or 3 (Song et al. 2023), or of whatever the recipe says.
     ///
     /// Where a stage of progressive distillation begins, the student first becomes the teacher.
     ///
@@ -185,7 +193,8 @@ impl<M: Trainable> Trainer<M> {
     ///
     /// # Errors
     /// [`Error::NonFinite`] if the loss or a gradient is not finite: weights, averages and moments are then as they
-    /// were. [`Error::Input`] if the batch does not fit.
+    /// were. [`Error::Input`] if the batch does not fit. Where several processes train, [`cm_torch::Error::Rank`] for
+    /// another one that ended; there are no further steps then.
     pub fn step(&mut self, batch: &Batch) -> Result<StepReport> {
         let result = self.try_step(batch);
         if result.is_err() {
@@ -202,6 +211,8 @@ impl<M: Trainable> Trainer<M> {
         }
         let schedule = self.spec.recipe().schedule(place.step, place.total_steps);
         let samples = self.gradients(batch, &place)?;
+        self.reduce_gradients()?;
+        let samples = self.gather(samples)?;
         let mean = |values: &mut dyn Iterator<Item = f64>| values.sum::<f64>() / samples.len() as f64;
         let loss = mean(&mut samples.iter().map(|s| s.0.loss));
         let grad_norm = self.check_finite(loss)?;
@@ -213,6 +224,7 @@ impl<M: Trainable> Trainer<M> {
         self.update(&schedule, lr, grad_norm, seen)?;
         self.step += 1;
         self.images += samples.len() as u64;
+        self.compare_when_due()?;
         Ok(StepReport {
             step: self.step,
             images: self.images,
@@ -243,23 +255,36 @@ impl<M: Trainable> Trainer<M> {
         Ok(())
     }
 
-    /// Runs every micro-batch forward and backward; the weights then hold the gradient of the batch's mean loss.
-    /// Returns loss and distance of each image.
+    /// Runs every micro-batch forward and backward; the weights then hold what this rank's rows contribute to the
+    /// gradient of the batch's mean loss. Returns loss and distance of each image.
     fn gradients(&self, batch: &Batch, place: &Place) -> Result<Vec<(SampleLoss, f64)>> {
-        let size = self.student.shape().check("training batch", &batch.images)?;
-        if size != self.spec.batch as i64 {
-            let expected = format!("{} images, as train.batch says", self.spec.batch);
+        let (rows, size) = (self.rows(), self.student.shape().check("training batch", &batch.images)?);
+        if size != rows.len() as i64 {
+            let expected = match &self.group {
+                None => format!("{} images, as train.batch says", rows.len()),
+                Some(group) => format!("{} images, the share of rank {}", rows.len(), group.rank()),
+            };
             return Err(Error::Input { what: "training batch", expected, got: format!("{size} images") });
         }
         let images = batch.images.to_device_(self.device(), Kind::Float, true, false);
         let mut results = Vec::new();
         let mut sigmas = Vec::new();
-        let part_size = self.spec.micro_batch() as i64;
-        for (part, start) in (0..size).step_by(self.spec.micro_batch()).enumerate() {
-            let length = part_size.min(size - start);
-            let (losses, sigma) =
-                self.part_losses(&images, &batch.cond, place, part as u64, start, length)?;
-            (losses.per_sample.sum(Kind::Float) / size as f64).f_backward()?;
+        let part_size = self.spec.micro_batch();
+        let mut start = rows.start;
+        while start < rows.end {
+            // Parts are those of the whole batch, of which a rank may have a piece.
+            let part = start / part_size;
+            let whole = part * part_size..((part + 1) * part_size).min(self.spec.batch);
+            let piece = start..whole.end.min(rows.end);
+            start = piece.end;
+            let (losses, sigma) = {
+                let _rows = Rows::enter(whole.len() as i64, (piece.start - whole.start) as i64);
+                let offset = (piece.start - rows.start) as i64;
+                let images = images.narrow(0, offset, piece.len() as i64);
+                let cond = batch.cond.narrow(offset, piece.len() as i64);
+                self.part_losses(&images, &cond, place, part as u64, piece)?
+            };
+            (losses.per_sample.sum(Kind::Float) / self.spec.batch as f64).f_backward()?;
             results.push(Tensor::stack(&[losses.per_sample.detach(), losses.distance], 1));
             sigmas.extend(sigma);
         }
@@ -268,16 +293,16 @@ impl<M: Trainable> Trainer<M> {
         Ok(pairs.map(|(result, sigma)| (SampleLoss { sigma, loss: result[0] }, result[1])).collect())
     }
 
+    /// The losses of the images at `positions` of the batch.
     fn part_losses(
         &self,
         images: &Tensor,
         cond: &Cond,
         place: &Place,
         part: u64,
-        start: i64,
-        length: i64,
+        positions: Range<usize>,
     ) -> Result<(Losses, Vec<f64>)> {
-        let positions = start as u64..(start + length) as u64;
+        let positions = positions.start as u64..positions.end as u64;
         let pairs = self.spec.recipe().pairs(place, positions.clone(), &self.levels)?;
         let site = Site {
             samples: &positions.collect::<Vec<_>>(),
@@ -286,12 +311,7 @@ impl<M: Trainable> Trainer<M> {
         };
         let noise =
             Philox { seed: place.seed, device: images.device() }.normal(self.student.shape(), &site)?;
-        let example = Example {
-            images: &images.narrow(0, start, length),
-            noise: &noise,
-            pairs: &pairs,
-            cond: &cond.narrow(start, length),
-        };
+        let example = Example { images, noise: &noise, pairs: &pairs, cond };
         let mode = Mode::Train { dropout_seed: place.stream(Purpose::Dropout, part).bits(0) };
         let losses = self.loss(&example, mode)?;
         Ok((losses, pairs.sigma))
@@ -328,7 +348,7 @@ impl<M: Trainable> Trainer<M> {
                 None => format!("the loss ({loss})"),
             });
         }
-        let norm = optim::grad_norm(&params)?;
+        let norm = self.agree_on_norm(optim::grad_norm(&params)?)?;
         if norm.is_finite() || self.spec.replace_non_finite.is_some() {
             return Ok(norm);
         }

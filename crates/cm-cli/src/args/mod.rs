@@ -4,6 +4,7 @@ mod demo;
 pub mod edit;
 mod eval;
 mod gallery;
+mod launch;
 mod model;
 mod report;
 mod sample;
@@ -19,6 +20,7 @@ pub use demo::{Bar, DEMO_EXAMPLES, DemoArgs, DemoData, DemoRecipe};
 pub use edit::{EDIT_EXAMPLES, EditCommand};
 pub use eval::{EVAL_EXAMPLES, EvalArgs, Metric};
 pub use gallery::{GALLERY_EXAMPLES, GalleryArgs};
+pub use launch::{LAUNCH_EXAMPLES, LaunchArgs};
 pub use model::{ExportForm, LPIPS_KINDS, ModelCommand, StoredDtype};
 pub use report::{REPORT_EXAMPLES, ReportArgs, ReportData};
 pub use sample::{SAMPLE_EXAMPLES, SampleArgs, SamplerKind};
@@ -52,6 +54,9 @@ pub enum Command {
     /// Distil a diffusion model into a consistency model, or progressively into one with fewer steps.
     #[command(after_help = DISTILL_EXAMPLES)]
     Distill(DistillArgs),
+    /// Start several processes on this machine that train one model together.
+    #[command(after_help = LAUNCH_EXAMPLES)]
+    Launch(LaunchArgs),
     /// Make images with a trained model.
     #[command(after_help = SAMPLE_EXAMPLES)]
     Sample(SampleArgs),

@@ -1,12 +1,13 @@
 //! From the data loader to what a trainer takes.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use anyhow::Result;
 use cm_data::augment::Draws;
 use cm_data::{Augment, Dataset, Loader, LoaderSpec};
 use cm_model::Cond;
-use cm_train::{Batch, BatchSource, BoxError};
+use cm_train::{Batch, BatchSource, BoxError, RankLog};
 use tch::Device;
 
 use crate::experiment::Experiment;
@@ -20,11 +21,19 @@ pub struct Batches {
     conditional: bool,
     augment: Option<Augment>,
     device: Device,
+    /// Which of the images of each batch this process trains on.
+    rows: Range<usize>,
+    log: Option<RankLog>,
 }
 
 impl Batches {
-    /// The batches of an experiment over opened data.
-    pub fn open(experiment: &Experiment, data: Arc<dyn Dataset>, device: Device) -> Result<Self> {
+    /// The `rows` of the batches of an experiment over opened data.
+    pub fn open(
+        experiment: &Experiment,
+        data: Arc<dyn Dataset>,
+        device: Device,
+        rows: Range<usize>,
+    ) -> Result<Self> {
         let train = &experiment.train;
         let loader = LoaderSpec::new(train.batch, train.seed, experiment.data.flip);
         Ok(Self {
@@ -34,13 +43,20 @@ impl Batches {
             conditional: experiment.network.num_classes() > 0,
             augment: experiment.augment.map(Augment::new).transpose()?,
             device,
+            rows,
+            log: None,
         })
+    }
+
+    /// Writes down which images were asked for.
+    pub fn with_log(self, log: RankLog) -> Self {
+        Self { log: Some(log), ..self }
     }
 
     fn next(&mut self, step: u64) -> Result<cm_data::Batch, BoxError> {
         let mut stream = match self.stream.take() {
             Some((next, stream)) if next == step => stream,
-            _ => self.loader.stream(step..self.total_steps.max(step + 1)),
+            _ => self.loader.stream_rows(step..self.total_steps.max(step + 1), self.rows.clone()),
         };
         let batch = stream.next().ok_or("the loader ended early")?;
         // Before an error too, which may be that there are too many of them.
@@ -56,6 +72,9 @@ impl Batches {
 impl BatchSource for Batches {
     fn batch(&mut self, step: u64) -> Result<Batch, BoxError> {
         let batch = self.next(step)?;
+        if let Some(log) = &mut self.log {
+            log.add(step + 1, &batch.ids)?;
+        }
         let labels = if self.conditional { batch.to_labels(self.device)? } else { None };
         let images = batch.to_images(self.device)?;
         let Some(augment) = &self.augment else {
@@ -63,8 +82,8 @@ impl BatchSource for Batches {
         };
         // A run is at most 2^32 steps long.
         let draw = |sample| Draws::at(self.loader.spec().seed, step as u32, sample);
-        let draws: Vec<Draws> = (0..batch.len() as u64).map(draw).collect();
-        let (images, parameters) = augment.apply(&images, &draws)?;
+        let draws: Vec<Draws> = (0..self.loader.spec().batch as u64).map(draw).collect();
+        let (images, parameters) = augment.apply_rows(&images, &draws, self.rows.clone())?;
         Ok(Batch { images, cond: Cond { labels, augment: Some(parameters) } })
     }
 }
@@ -77,11 +96,24 @@ mod tests {
     use crate::config::Source;
 
     fn batch(augment: Option<AugmentSpec>, step: u64) -> Batch {
+        rows(augment, step, 0..32)
+    }
+
+    fn rows(augment: Option<AugmentSpec>, step: u64, rows: Range<usize>) -> Batch {
         let sets = ["network.augment_dim=9".to_owned(), "train.batch=32".to_owned()];
         let mut experiment = Experiment::read(&Source::find("digits-ct").unwrap(), &sets).unwrap();
         experiment.augment = augment;
         let data = experiment.data.open().unwrap();
-        Batches::open(&experiment, data, Device::Cpu).unwrap().batch(step).unwrap()
+        Batches::open(&experiment, data, Device::Cpu, rows).unwrap().batch(step).unwrap()
+    }
+
+    #[test]
+    fn rows_of_an_augmented_batch_are_those_of_the_whole() {
+        let spec = Some(AugmentSpec::edm_cifar10());
+        let (whole, part) = (batch(spec, 3), rows(spec, 3, 10..27));
+        let worst = (whole.images.narrow(0, 10, 17) - part.images).abs().max().double_value(&[]);
+        assert!(worst < 1e-6, "{worst}");
+        assert!(whole.cond.augment.unwrap().narrow(0, 10, 17).equal(&part.cond.augment.unwrap()));
     }
 
     #[test]

@@ -10,10 +10,12 @@ use crate::args::DistillArgs;
 use crate::config::{PRESETS, Source};
 use crate::exit::{Failure, OrUsage, Outcome};
 use crate::experiment::Experiment;
+use crate::ranks::Ranks;
 use crate::sources::{ModelSource, differences};
+use crate::ui;
 
 /// Runs `cm distill`.
-pub fn distill(args: &DistillArgs) -> Outcome {
+pub fn distill(args: &DistillArgs, ranks: &Ranks) -> Outcome {
     let config = match (&args.config, &args.teacher) {
         (None, Some(teacher)) if !args.run.resume => {
             Some(preset_for(teacher, args.run.kind.as_deref()).or_usage()?)
@@ -36,7 +38,7 @@ pub fn distill(args: &DistillArgs) -> Outcome {
             }
         }
     }
-    train::start(experiment, &folder, Data { given: args.data.as_deref(), fetch: true }, &args.run)
+    train::start(experiment, &folder, Data { given: args.data.as_deref(), fetch: true }, &args.run, ranks)
 }
 
 /// The preset of consistency distillation as the paper has it (they are named `…-cd`) that fits a teacher.
@@ -56,9 +58,9 @@ fn preset_for(teacher: &Path, kind: Option<&str>) -> Result<String> {
     let path = teacher.display();
     match (choices.as_slice(), fitting.as_slice()) {
         ([one], _) => {
-            eprintln!(
+            ui::say(&format!(
                 "config: preset {one}, which distils networks such as {path}; --config chooses another"
-            );
+            ));
             Ok((*one).to_owned())
         }
         ([], []) => bail!(

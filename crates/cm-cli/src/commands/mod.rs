@@ -9,6 +9,7 @@ pub mod edit;
 pub mod eval;
 pub mod fetch;
 pub mod gallery;
+pub mod launch;
 pub mod model;
 pub mod preset;
 pub mod sample;

@@ -11,23 +11,26 @@ use cm_net::ModelSpec;
 use cm_sampler::Request;
 use cm_torch::device::DeviceSpec;
 use cm_train::{
-    BoxError, Ending, EventFile, Metric, Networks, Observer, Session, StepReport, Trainable, Trainer, Weights,
+    BoxError, Ending, EventFile, Networks, Observer, RankLog, Session, StepReport, Trainable, Trainer,
+    Weights,
 };
 use tch::{Device, Tensor};
 
+use super::batches::Batches;
 use crate::experiment::Experiment;
 use crate::lpips;
 use crate::net::Net;
 use crate::pictures;
+use crate::ranks::without_places;
 use crate::runs::CONFIG_FILE;
 use crate::sources::Start;
-use crate::ui::Bar;
+use crate::ui::{self, Bar};
 
 /// The device that was asked for; says what `auto` chose and why.
 pub fn device(spec: &DeviceSpec) -> Result<Device> {
     let resolved = cm_torch::device::resolve_with_note(spec)?;
     if let Some(note) = &resolved.note {
-        eprintln!("device: {:?} ({note})", resolved.device);
+        ui::say(&format!("device: {:?} ({note})", resolved.device));
     }
     Ok(resolved.device)
 }
@@ -52,7 +55,7 @@ pub fn stop_on_signal() -> Result<Arc<AtomicBool>> {
         if flag.swap(true, Ordering::Relaxed) {
             std::process::exit(130);
         }
-        eprintln!("\nfinishing the step and saving; press Ctrl-C again to stop at once, without saving");
+        ui::say("\nfinishing the step and saving; press Ctrl-C again to stop at once, without saving");
     })
     .context("setting up Ctrl-C")?;
     Ok(stop)
@@ -81,17 +84,18 @@ pub struct Run<'a> {
 impl Run<'_> {
     /// Trains to the end or until told to stop, with a progress bar, logs, checkpoints and sample grids.
     pub fn train(&self, trainer: &mut Trainer<Net>, view: &mut View<'_>) -> Result<Ending> {
-        write_config(self.experiment, self.folder)?;
+        if trainer.writes() {
+            write_config(self.experiment, self.folder)?;
+        }
         let device = trainer.device();
-        let mut source = super::batches::Batches::open(self.experiment, self.data.clone(), device)?;
+        let mut source = Batches::open(self.experiment, self.data.clone(), device, trainer.rows())?;
+        if let Some(group) = trainer.group() {
+            let log = RankLog::open(self.folder, group.rank(), group.size(), trainer.steps_done())?;
+            source = source.with_log(log);
+        }
         let spec = self.experiment.model_spec();
         // A model file travels: the places of data and of weights on this machine stay here.
-        let mut portable = self.experiment.clone();
-        (portable.data.path, portable.teacher, portable.init) = (None, None, None);
-        if let Metric::Lpips { weights, .. } = &mut portable.train.metric {
-            *weights = None;
-        }
-        let portable = portable.to_toml()?;
+        let portable = without_places(self.experiment).to_toml()?;
         let metadata = |weights: Weights<'_>, step: u64| {
             let steps = match weights {
                 Weights::Target => self.experiment.teacher_steps(step),
@@ -152,7 +156,7 @@ const GRID_SEEDS: std::ops::Range<u64> = 0..64;
 impl<'a> View<'a> {
     /// A view of a run in `folder` that goes on from step `first`.
     pub fn new(experiment: &'a Experiment, folder: &'a Path, first: u64) -> Self {
-        let bar = Some(Bar::new("train", "steps", first, experiment.train.total_steps));
+        let bar = (!ui::is_quiet()).then(|| Bar::new("train", "steps", first, experiment.train.total_steps));
         Self { experiment, bar, folder, loss: f64::NAN, on_samples: None, announce: true }
     }
 

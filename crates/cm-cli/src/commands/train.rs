@@ -16,26 +16,29 @@ use crate::config::Source;
 use crate::exit::{Failure, OrUsage, Outcome};
 use crate::experiment::Experiment;
 use crate::lpips;
+use crate::ranks::Ranks;
 use crate::runs::{CONFIG_FILE, find_model};
 use crate::sources::{ModelSource, Start};
+use crate::ui;
 
 /// Runs `cm train`, or a sweep of it.
-pub fn train(args: &TrainArgs) -> Outcome {
+pub fn train(args: &TrainArgs, ranks: &Ranks) -> Outcome {
     if let Some(sweep) = sweep::Sweep::of(args)? {
+        ranks.refuse("--sweep", "start it without ranks, or train its runs one by one").or_usage()?;
         return sweep.run();
     }
     let (experiment, folder) = read(args.config.as_deref(), &args.run).or_usage()?;
-    start(experiment, &folder, Data { given: args.data.as_deref(), fetch: false }, &args.run)
+    start(experiment, &folder, Data { given: args.data.as_deref(), fetch: false }, &args.run, ranks)
 }
 
 /// Runs `cm train-cifar10`: as `cm train`, with the data fetched where it is not there.
-pub fn train_cifar10(args: &CifarArgs) -> Outcome {
+pub fn train_cifar10(args: &CifarArgs, ranks: &Ranks) -> Outcome {
     let (experiment, folder) = read(Some(&args.config), &args.run).or_usage()?;
-    start(experiment, &folder, Data { given: args.data.as_deref(), fetch: true }, &args.run)
+    start(experiment, &folder, Data { given: args.data.as_deref(), fetch: true }, &args.run, ranks)
 }
 
 /// Runs `cm train-teacher`: as `cm train-cifar10`, with another experiment unless one is named.
-pub fn train_teacher(args: &TeacherArgs) -> Outcome {
+pub fn train_teacher(args: &TeacherArgs, ranks: &Ranks) -> Outcome {
     let (experiment, folder) = read(Some(&args.config), &args.run).or_usage()?;
     if experiment.train.recipe().method() != Method::Denoising {
         return Err(Failure::Usage(anyhow::anyhow!(
@@ -43,7 +46,7 @@ pub fn train_teacher(args: &TeacherArgs) -> Outcome {
             args.config
         )));
     }
-    start(experiment, &folder, Data { given: args.data.as_deref(), fetch: true }, &args.run)
+    start(experiment, &folder, Data { given: args.data.as_deref(), fetch: true }, &args.run, ranks)
 }
 
 /// Where the images of a training come from.
@@ -79,7 +82,7 @@ pub fn read(config: Option<&str>, args: &RunArgs) -> Result<(Experiment, PathBuf
     let own = folder.join(CONFIG_FILE);
     let (mut experiment, folder) = match named {
         _ if args.resume && own.is_file() => {
-            eprintln!("config: {} (a resumed run keeps its own; --set changes it)", own.display());
+            ui::say(&format!("config: {} (a resumed run keeps its own; --set changes it)", own.display()));
             let experiment = Experiment::read(&Source::file(own.clone())?, &args.sets)?;
             announce_changes(&Experiment::read(&Source::file(own)?, &[])?, &experiment)?;
             (experiment, folder)
@@ -107,7 +110,11 @@ fn announce_changes(old: &Experiment, new: &Experiment) -> Result<()> {
         let (old, new) = (old.get(section), new.get(section));
         if old != new {
             let text = |value: Option<&toml::Value>| value.map_or("none".to_owned(), ToString::to_string);
-            eprintln!("WARNING: changed since the run began: {section}: {} → {}", text(old), text(new));
+            ui::say(&format!(
+                "WARNING: changed since the run began: {section}: {} → {}",
+                text(old),
+                text(new)
+            ));
         }
     }
     Ok(())
@@ -119,9 +126,16 @@ fn metric_error(experiment: &Experiment) -> Option<cm_train::Error> {
 }
 
 /// Starts a training, or a dry run of it.
-pub fn start(experiment: Experiment, folder: &Path, data: Data<'_>, args: &RunArgs) -> Outcome {
-    let device = session::device(&args.device).or_usage()?;
+pub fn start(
+    experiment: Experiment,
+    folder: &Path,
+    data: Data<'_>,
+    args: &RunArgs,
+    ranks: &Ranks,
+) -> Outcome {
+    let device = ranks.device(&args.device).or_usage()?;
     if args.dry_run {
+        ranks.refuse("--dry-run", "start it without ranks").or_usage()?;
         check_kind(&experiment, args).or_usage()?;
         if experiment.teacher.is_some() || experiment.init.is_some() {
             Start::read(&experiment, false).or_usage()?;
@@ -129,9 +143,10 @@ pub fn start(experiment: Experiment, folder: &Path, data: Data<'_>, args: &RunAr
         }
         return dry_run::dry_run(&experiment, device);
     }
-    let ready = Ready::new(experiment, folder, &data, args, device)?;
+    let ready = Ready::new(experiment, folder, &data, args, device, ranks)?;
     let (stop, total) = (session::stop_on_signal()?, ready.experiment.train.total_steps);
     match ready.train(folder, args.resume, &stop)? {
+        Ended { ending: Ending::Finished, .. } if !ranks.group.is_first() => Ok(()),
         Ended { ending: Ending::Finished, .. } => finished(folder),
         Ended { ending: Ending::Stopped, step } => Err(Failure::Interrupted(format!(
             "saved step {step} of {total}; go on with: cm train --out {} --resume",
@@ -155,6 +170,7 @@ pub struct Ready {
     models: Start,
     data: Arc<dyn cm_data::Dataset>,
     device: Device,
+    ranks: Ranks,
 }
 
 /// How a training ended, and after which step.
@@ -171,11 +187,12 @@ impl Ready {
         data: &Data<'_>,
         args: &RunArgs,
         device: Device,
+        ranks: &Ranks,
     ) -> Outcome<Self> {
         check_kind(&experiment, args).or_usage()?;
         let goes_on = args.resume && !Checkpoints::of_run(folder).steps()?.is_empty();
         let models = Start::read(&experiment, goes_on).or_usage()?;
-        data.put_into(&mut experiment).or_usage()?;
+        ranks.first_one_then_all(|| data.put_into(&mut experiment).or_usage())?;
         let data = experiment.data.open().or_usage()?;
         experiment.check_data(&*data).or_usage()?;
         if let Some(error) = metric_error(&experiment) {
@@ -183,25 +200,28 @@ impl Ready {
         }
         check_folder(folder, args.resume).or_usage()?;
         experiment.compute(device).or_usage()?;
-        Ok(Self { experiment, models, data, device })
+        // Nothing has been written up to here, by any rank.
+        ranks.agree(&experiment, &*data).or_usage()?;
+        Ok(Self { experiment, models, data, device, ranks: ranks.clone() })
     }
 
     /// Trains to the end, or until `stop` is set.
     pub fn train(self, folder: &Path, resume: bool, stop: &AtomicBool) -> Outcome<Ended> {
-        let Self { experiment, models, data, device } = self;
-        eprintln!("data: {} ({} images of {})", data.source(), data.len(), data.shape());
+        let Self { experiment, models, data, device, ranks } = self;
+        ui::say(&format!("data: {} ({} images of {})", data.source(), data.len(), data.shape()));
         let mut trainer = session::build_trainer(&experiment, &models, device).or_usage()?;
         drop(models);
-        if resume {
+        if resume && ranks.group.is_first() {
             announce(&cm_train::resume(&mut trainer, folder).or_usage()?);
         }
-        eprintln!(
+        trainer.join(ranks.group.clone()).or_usage()?;
+        ui::say(&format!(
             "network: {} parameters; run: {} steps of {} images into {}",
             cm_train::Trainable::params(trainer.student()).num_parameters(),
             experiment.train.total_steps,
             experiment.train.batch,
             folder.display()
-        );
+        ));
         let mut view = View::new(&experiment, folder, trainer.steps_done());
         let run = Run { experiment: &experiment, data, folder, stop };
         let ending = run.train(&mut trainer, &mut view)?;

@@ -27,6 +27,9 @@ mod tests;
 
 pub use transform::{AugmentSpec, Draws, Gated, Transform};
 
+use std::ops::Range;
+
+use resample::Margins;
 use tch::{Kind, TchError, Tensor};
 
 use crate::error::{Error, Result};
@@ -75,6 +78,20 @@ impl Augment {
     /// # Errors
     /// [`Error::Argument`] for images of another form or another number of draws; [`Error::Torch`].
     pub fn apply(&self, images: &Tensor, draws: &[Draws]) -> Result<(Tensor, Tensor)> {
+        self.apply_rows(images, draws, 0..draws.len())
+    }
+
+    /// [`apply`](Self::apply) for the images `rows` of a batch, of whose images `draws` has one each: what comes out
+    /// are those rows of the whole batch augmented.
+    ///
+    /// # Errors
+    /// As [`apply`](Self::apply); [`Error::Argument`] if the rows lie outside the batch.
+    pub fn apply_rows(
+        &self,
+        images: &Tensor,
+        draws: &[Draws],
+        rows: Range<usize>,
+    ) -> Result<(Tensor, Tensor)> {
         let shape = images.size();
         let fault =
             |what, expected: &str, got: String| Error::Argument { what, expected: expected.into(), got };
@@ -88,17 +105,22 @@ impl Augment {
         if shape.contains(&0) {
             return Err(fault("images to augment", "at least one image with pixels", format!("{shape:?}")));
         }
-        if draws.len() as i64 != batch {
+        let all: Vec<Transform> = draws.iter().map(|draws| draws.transform(&self.spec)).collect();
+        let whole: Vec<_> = all.iter().map(|t| t.inverse(height, width)).collect();
+        let (Some(transforms), Some(inverses)) = (all.get(rows.clone()), whole.get(rows.clone())) else {
+            let expected = format!("a range within 0..{}", draws.len());
+            return Err(fault("rows of a batch to augment", &expected, format!("{rows:?}")));
+        };
+        if transforms.len() as i64 != batch {
             let expected = format!("one for each of {batch} images");
-            return Err(fault("draws of an augmentation", &expected, draws.len().to_string()));
+            return Err(fault("draws of an augmentation", &expected, transforms.len().to_string()));
         }
-        let transforms: Vec<Transform> = draws.iter().map(|draws| draws.transform(&self.spec)).collect();
-        let inverses: Vec<_> = transforms.iter().map(|t| t.inverse(height, width)).collect();
+        let margins = Margins::of(&whole, height, width);
         let apply = || {
             let _no_grad = tch::no_grad_guard();
             let flipped = flip(images, transforms.iter().map(|t| t.xflip), 3)?;
             let flipped = flip(&flipped, transforms.iter().map(|t| t.yflip), 2)?;
-            Ok((resample::resample(&flipped, &inverses)?, self.labels(&transforms, images)?))
+            Ok((resample::resample(&flipped, inverses, margins)?, self.labels(transforms, images)?))
         };
         apply().map_err(|cause: TchError| Error::Torch { what: "augmenting images", cause })
     }

@@ -65,17 +65,15 @@ impl Margins {
 }
 
 /// Images `[B, C, H, W]` float32 read at the places that `inverses` say, one map for each image, in pixels from the
-/// centre.
+/// centre; `margins` are those of their whole batch.
 ///
 /// Images whose map is the identity are not touched, but count for the margins as in the released code.
-pub(super) fn resample(images: &Tensor, inverses: &[Affine]) -> Result<Tensor, TchError> {
-    let (_, _, height, width) = images.size4()?;
+pub(super) fn resample(images: &Tensor, inverses: &[Affine], margins: Margins) -> Result<Tensor, TchError> {
     let moved: Vec<i64> =
         (0..).zip(inverses).filter(|(_, map)| **map != Affine::IDENTITY).map(|(i, _)| i).collect();
     if moved.is_empty() {
         return Ok(images.shallow_clone());
     }
-    let margins = Margins::of(inverses, height, width);
     let maps: Vec<Affine> = moved.iter().map(|&i| inverses[i as usize]).collect();
     let index = Tensor::f_from_slice(&moved)?.f_to_device(images.device())?;
     let changed = warp(&images.f_index_select(0, &index)?, &maps, margins)?;

@@ -2,6 +2,7 @@
 
 mod checkpoints;
 mod laws;
+mod ranks;
 mod recipes;
 mod runs;
 mod stages;

@@ -20,6 +20,7 @@ use crate::args::{RunArgs, TrainArgs};
 use crate::config::Source;
 use crate::exit::{Failure, OrUsage, Outcome};
 use crate::experiment::Experiment;
+use crate::ranks::Ranks;
 use crate::runs::CONFIG_FILE;
 
 /// Runs that differ in some values, in one folder.
@@ -96,7 +97,7 @@ impl<'a> Sweep<'a> {
             let (experiment, folder) = train::read(self.args.config.as_deref(), &args)
                 .with_context(|| row.name.clone())
                 .or_usage()?;
-            train::start(experiment, &folder, self.data(), &args)?;
+            train::start(experiment, &folder, self.data(), &args, &Ranks::alone())?;
         }
         Ok(())
     }
@@ -172,7 +173,7 @@ impl<'a> Sweep<'a> {
             }
             row.status = if step.is_some() { Status::Interrupted } else { Status::Waiting };
         }
-        Ok(Some(Ready::new(experiment, &folder, &self.data(), &args, device)?.experiment))
+        Ok(Some(Ready::new(experiment, &folder, &self.data(), &args, device, &Ranks::alone())?.experiment))
     }
 
     /// Trains one run and fills its row. An error is the row's; the sweep goes on.
@@ -181,7 +182,7 @@ impl<'a> Sweep<'a> {
         let folder = self.folder(&self.table.runs[i]);
         let data = self.data();
         let train = || {
-            let ready = Ready::new(experiment, &folder, &data, &args, device)?;
+            let ready = Ready::new(experiment, &folder, &data, &args, device, &Ranks::alone())?;
             ready.train(&folder, args.resume, stop)
         };
         // libtorch says by a panic that memory ran out; the next run may be smaller.

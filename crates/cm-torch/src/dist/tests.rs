@@ -1,0 +1,189 @@
+use std::net::TcpListener;
+use std::time::{Duration, Instant};
+
+use tch::{Kind, Tensor};
+
+use super::{Keeper, Limits, ProcessGroup, Rendezvous};
+use crate::Error;
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+fn rendezvous(rank: usize, world_size: usize, port: u16) -> Rendezvous {
+    let address = "127.0.0.1".to_owned();
+    let keeper = Keeper::RankZero;
+    Rendezvous { rank, local_rank: rank, world_size, address, port, keeper, interface: None }
+}
+
+fn limits(seconds: u64) -> Limits {
+    let exchange = Duration::from_secs(seconds);
+    Limits { exchange, silence: Duration::from_secs(30) }
+}
+
+/// Runs `work` on every rank of a group, each a thread with a store and a group of its own.
+fn on_ranks<T: Send>(size: usize, seconds: u64, work: impl Fn(ProcessGroup) -> T + Sync) -> Vec<T> {
+    let port = free_port();
+    let one = |rank| work(ProcessGroup::join(&rendezvous(rank, size, port), limits(seconds)).unwrap());
+    let one = &one;
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..size).map(|rank| scope.spawn(move || one(rank))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+fn values(tensor: &Tensor) -> Vec<f32> {
+    Vec::<f32>::try_from(tensor.contiguous().view([-1])).unwrap()
+}
+
+#[test]
+fn sums_are_those_of_all_ranks_and_equal_bit_by_bit() {
+    for size in [2, 4] {
+        let sums = on_ranks(size, 60, |group| {
+            // Of very different sizes, so that the order of a sum shows in its bits.
+            let values_of = |rank: usize| {
+                (Tensor::arange(1001, (Kind::Double, tch::Device::Cpu)) * 0.7 + 1.3 * rank as f64).sin()
+                    * 10f64.powi(3 * rank as i32)
+            };
+            let own = values_of(group.rank()).to_kind(Kind::Float);
+            group.all_reduce("numbers", &own).unwrap();
+            let want: Tensor = (0..group.size())
+                .map(|rank| values_of(rank).to_kind(Kind::Float).to_kind(Kind::Double))
+                .sum();
+            let error = (own.to_kind(Kind::Double) - &want).abs().max() / want.abs().max();
+            group.leave().unwrap();
+            (values(&own), error.double_value(&[]))
+        });
+        assert!(sums.iter().all(|(sum, error)| *sum == sums[0].0 && *error < 1e-6), "{size} ranks");
+    }
+}
+
+#[test]
+fn many_tensors_go_in_buckets_whatever_their_memory_order() {
+    let results = on_ranks(2, 60, |group| {
+        let fill = |value: f64, shape: &[i64]| Tensor::full(shape, value, (Kind::Float, tch::Device::Cpu));
+        let rank = group.rank() as f64;
+        let mixed = Tensor::arange(48, (Kind::Float, tch::Device::Cpu)).view([2, 2, 3, 4]) * (rank + 1.0);
+        let mixed = crate::memory_format::channels_last(&mixed);
+        let tensors = [fill(rank, &[3]), fill(1.0, &[]), mixed, fill(rank, &[1 << 23])];
+        let handles: Vec<&Tensor> = tensors.iter().collect();
+        group.all_reduce_many("tensors", &handles).unwrap();
+        let sums: Vec<f64> =
+            tensors.iter().map(|tensor| tensor.sum(Kind::Double).double_value(&[])).collect();
+        let own = fill(5.0 + rank, &[2, 2]);
+        group.broadcast_many("one tensor", &[&own], 1).unwrap();
+        group.leave().unwrap();
+        (sums, values(&own), tensors[2].is_contiguous())
+    });
+    for (sums, own, is_contiguous) in results {
+        assert_eq!(sums, [3.0, 2.0, 3.0 * (47.0 * 48.0 / 2.0), f64::from(1 << 23)]);
+        assert_eq!(own, [6.0; 4]);
+        assert!(!is_contiguous, "a tensor keeps its memory order");
+    }
+}
+
+#[test]
+fn every_rank_hears_what_all_have_to_say() {
+    let all = on_ranks(4, 60, |group| {
+        let text = "x".repeat(group.rank());
+        let all = group.all_gather("texts", text.as_bytes()).unwrap();
+        let none = group.all_gather("nothing", b"").unwrap();
+        group.leave().unwrap();
+        (all, none)
+    });
+    for (texts, none) in all {
+        assert_eq!(texts, [&b""[..], b"x", b"xx", b"xxx"]);
+        assert_eq!(none, vec![Vec::<u8>::new(); 4]);
+    }
+}
+
+#[test]
+fn a_rank_that_fails_ends_the_exchange_of_the_others_with_its_cause() {
+    let began = Instant::now();
+    let errors = on_ranks(3, 60, |group| {
+        if group.rank() == 1 {
+            group.fail("5.png: cannot decode");
+            return None;
+        }
+        Some(group.barrier("step 3").unwrap_err())
+    });
+    for error in errors.into_iter().flatten() {
+        assert_eq!(error.to_string(), "rank 1: 5.png: cannot decode");
+    }
+    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+}
+
+#[test]
+fn a_rank_that_is_dropped_is_named() {
+    let errors = on_ranks(2, 60, |group| match group.rank() {
+        0 => None,
+        _ => Some(group.barrier("step 3").unwrap_err().to_string()),
+    });
+    assert_eq!(errors[1].as_deref(), Some("rank 0: it ended by a fault of the program"));
+}
+
+#[test]
+fn a_rank_that_does_not_take_part_is_named_after_the_limit() {
+    let errors = on_ranks(2, 3, |group| {
+        if group.rank() == 1 {
+            std::thread::sleep(Duration::from_secs(5));
+        }
+        let first = group.barrier("step 3").unwrap_err().to_string();
+        (first, group.barrier("step 4").unwrap_err().to_string())
+    });
+    let want = "rank 1: it lives, but did not come to exchange step 3 within 3 s";
+    assert!(errors[0].0.starts_with(want), "{errors:?}");
+    assert_eq!(errors[0].1, "step 4: the ranks have parted");
+    assert!(errors[1].0.starts_with("rank 1: "), "{errors:?}");
+}
+
+#[test]
+fn ranks_that_do_not_come_are_named() {
+    let port = free_port();
+    let error = ProcessGroup::join(&rendezvous(0, 3, port), limits(1)).unwrap_err();
+    let text = error.to_string();
+    assert!(matches!(error, Error::Rank { rank: 1, .. }), "{text}");
+    assert!(text.contains("within 1 s; of 3 ranks these are missing: 1, 2"), "{text}");
+    let nobody = ProcessGroup::join(&rendezvous(1, 2, free_port()), limits(1)).unwrap_err().to_string();
+    assert!(nobody.starts_with("meeting the other ranks at 127.0.0.1:"), "{nobody}");
+    assert!(nobody.contains("nobody answers there; is rank 0 running?"), "{nobody}");
+}
+
+#[test]
+fn ranks_that_are_there_twice_or_count_another_number_are_refused() {
+    let port = free_port();
+    let join =
+        |rank, size, seconds| move || ProcessGroup::join(&rendezvous(rank, size, port), limits(seconds));
+    let (zero, one, other) = std::thread::scope(|scope| {
+        let zero = scope.spawn(join(0, 3, 4));
+        let one = scope.spawn(join(1, 3, 4));
+        std::thread::sleep(Duration::from_millis(500));
+        let twice = scope.spawn(join(1, 3, 4)).join().unwrap().unwrap_err().to_string();
+        let other = scope.spawn(join(3, 4, 4)).join().unwrap().unwrap_err().to_string();
+        assert_eq!(twice, "rank 1: RANK=1 is there twice; each process needs a number of its own");
+        (zero.join().unwrap().unwrap_err(), one.join().unwrap().unwrap_err(), other)
+    });
+    assert_eq!(other, "rank 3: WORLD_SIZE=4, and on rank 0 it is 3");
+    for error in [zero, one] {
+        assert!(
+            error.to_string().starts_with("rank 2: it did not come within 4 s")
+                || matches!(error, Error::Exchange { .. }),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn tensors_that_cannot_be_exchanged_are_refused() {
+    let errors = on_ranks(2, 60, |group| {
+        let rows = Tensor::zeros([4, 4], (Kind::Float, tch::Device::Cpu));
+        let error = group.all_reduce("columns", &rows.transpose(0, 1)).unwrap_err().to_string();
+        let root = group.broadcast("rows", &rows, 2).unwrap_err().to_string();
+        group.fail("done");
+        (error, root)
+    });
+    for (error, root) in errors {
+        assert!(error.starts_with("columns: expected a contiguous tensor on the CPU"), "{error}");
+        assert_eq!(root, "rows: expected a rank below 2, got 2");
+    }
+}
