@@ -9,6 +9,8 @@ mod config;
 mod demo;
 mod exit;
 mod experiment;
+#[cfg(test)]
+mod hostile;
 mod lpips;
 mod net;
 mod pictures;

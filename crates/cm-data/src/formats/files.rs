@@ -235,12 +235,16 @@ fn scan_folder(root: &Path) -> Result<Scan> {
             if path.is_dir() {
                 pending.push((path, format!("{name}/"), depth + 1));
             } else if is_image(base) {
+                if has_controls(&name) {
+                    let expected = "a file name without control characters";
+                    return Err(Error::format(&root.display().to_string(), expected, format!("{name:?}")));
+                }
                 scan.names.push(name);
             } else if name == "dataset.json" {
                 let bytes = read_file(&path, "bytes of dataset.json", MAX_JSON)?;
                 scan.json = Some((path.display().to_string(), bytes));
             } else {
-                scan.ignored.push(name);
+                scan.ignored.push(shown(&name));
             }
         }
     }
@@ -263,11 +267,15 @@ fn scan_zip(path: &Path) -> Result<Scan> {
         if !is_enclosed(name) {
             return Err(Error::UnsafeName { archive: path.into(), name: name.into() });
         }
+        let is_json = name.rsplit('/').next() == Some("dataset.json");
         match name {
             _ if name.ends_with('/') || is_hidden(name) => {}
+            _ if (is_image(name) || is_json) && has_controls(name) => {
+                return Err(Error::UnsafeName { archive: path.into(), name: name.into() });
+            }
             _ if is_image(name) => images.push((name.to_string(), index as u32)),
-            _ if name.rsplit('/').next() == Some("dataset.json") => jsons.push((name.to_string(), index)),
-            _ => ignored.push(name.to_string()),
+            _ if is_json => jsons.push((name.to_string(), index)),
+            _ => ignored.push(shown(name)),
         }
     }
     images.sort();
@@ -295,6 +303,16 @@ fn scan_zip(path: &Path) -> Result<Scan> {
     Ok(Scan { store: Store::Zip { archive, stored, members }, names, ignored, json })
 }
 
+/// Whether a name would move the cursor of a terminal that shows it.
+fn has_controls(name: &str) -> bool {
+    name.chars().any(char::is_control)
+}
+
+/// A name that is only shown. Control characters do occur there: macOS calls the icon of a folder `Icon\r`.
+fn shown(name: &str) -> String {
+    if has_controls(name) { name.escape_debug().to_string() } else { name.to_owned() }
+}
+
 /// Whether a member's name stays inside the archive on every system.
 fn is_enclosed(name: &str) -> bool {
     let drive = name.as_bytes().get(1) == Some(&b':');
@@ -312,6 +330,10 @@ fn read_member(
     let name = archive.name_for_index(index).unwrap_or_default();
     let file = format!("{}: {name}", place.display());
     let entry = archive.by_index(index).map_err(|e| Error::corrupt(&file, e))?;
+    if entry.is_symlink() {
+        let name = entry.name().to_owned();
+        return Err(Error::UnsafeMember { archive: place.into(), name, what: "link" });
+    }
     let claimed = entry.size();
     if claimed > limit {
         return Err(Error::TooLarge { file, what: "bytes for a member", claimed, limit });

@@ -1,6 +1,8 @@
-//! Tests that need several modules: the laws of the losses, steps, checkpoints, stages and runs.
+//! Tests that need several modules: the laws of the losses, steps, checkpoints, stages and runs; and what others
+//! may have written.
 
 mod checkpoints;
+mod hostile;
 mod laws;
 mod recipes;
 mod runs;
