@@ -71,9 +71,11 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
     fn from(error: E) -> Self {
         let error = error.into();
         match error.downcast_ref::<cm_train::Error>() {
-            Some(cm_train::Error::Diverged { .. } | cm_train::Error::NonFinite { .. }) => {
-                Failure::Diverged(error)
-            }
+            Some(
+                cm_train::Error::Diverged { .. }
+                | cm_train::Error::NonFinite { .. }
+                | cm_train::Error::Spoilt { .. },
+            ) => Failure::Diverged(error),
             _ => Failure::Run(error),
         }
     }

@@ -2,6 +2,7 @@
 //! may have written.
 
 mod checkpoints;
+mod finite;
 mod hostile;
 mod laws;
 mod recipes;
