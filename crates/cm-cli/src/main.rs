@@ -9,13 +9,15 @@ mod config;
 mod demo;
 mod exit;
 mod experiment;
+#[cfg(test)]
+mod hostile;
 mod lpips;
 mod net;
 mod pictures;
 #[cfg(test)]
 mod published;
-mod report;
 mod ranks;
+mod report;
 mod runs;
 mod sources;
 mod ui;

@@ -158,12 +158,25 @@ pub enum Error {
         reason: String,
     },
     /// A member of an archive has a name that leads out of the archive.
-    #[error("{}: refusing member {name:?}: names must be relative and without `..`", archive.display())]
+    #[error(
+        "{}: refusing member {name:?}: names must be relative, without `..` and without control characters",
+        archive.display()
+    )]
     UnsafeName {
         /// The archive.
         archive: PathBuf,
         /// The member.
         name: String,
+    },
+    /// A member of an archive is not a plain file: a link would name bytes elsewhere.
+    #[error("{}: refusing member {name:?}: it is a {what}, expected a plain file", archive.display())]
+    UnsafeMember {
+        /// The archive.
+        archive: PathBuf,
+        /// The member.
+        name: String,
+        /// What it is.
+        what: &'static str,
     },
     /// An index or a buffer that does not fit the set: a fault of the calling program.
     #[error("{what}: expected {expected}, got {got}")]
@@ -253,6 +266,7 @@ impl Error {
 /// Joins the lines of a foreign message and cuts it to a length that a terminal shows.
 pub(crate) fn one_line(text: &str) -> String {
     let joined = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let joined = if joined.contains(char::is_control) { joined.escape_debug().to_string() } else { joined };
     match joined.char_indices().nth(300) {
         Some((end, _)) => format!("{}…", &joined[..end]),
         None => joined,

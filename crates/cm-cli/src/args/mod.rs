@@ -14,6 +14,7 @@ use std::path::PathBuf;
 
 use clap::builder::{OsStringValueParser, RangedU64ValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use cm_model::short;
 use cm_torch::device::DeviceSpec;
 
 pub use demo::{Bar, DEMO_EXAMPLES, DemoArgs, DemoData, DemoRecipe};
@@ -355,7 +356,7 @@ impl std::str::FromStr for SeedRange {
     fn from_str(text: &str) -> Result<Self, String> {
         let number = |part: &str| {
             let value: u64 =
-                part.trim().parse().map_err(|_| format!("'{part}' is no seed (0 to 2^56 − 1)"))?;
+                part.trim().parse().map_err(|_| format!("'{}' is no seed (0 to 2^56 − 1)", short(part)))?;
             if value > MAX_SEED { Err(format!("seed {value} is above 2^56 − 1")) } else { Ok(value) }
         };
         let mut seeds = Vec::new();
@@ -365,7 +366,7 @@ impl std::str::FromStr for SeedRange {
                 None => (number(part)?, number(part)?),
             };
             if last < first {
-                return Err(format!("'{part}' runs backwards"));
+                return Err(format!("'{}' runs backwards", short(part)));
             }
             if last - first >= MAX_SEEDS || seeds.len() as u64 + (last - first) >= MAX_SEEDS {
                 return Err(format!("more than {MAX_SEEDS} seeds at once"));

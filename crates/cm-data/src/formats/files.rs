@@ -258,16 +258,30 @@ fn scan_folder(root: &Path) -> Result<Scan> {
             if kind.is_dir() || (kind.is_symlink() && entry.path().is_dir()) {
                 pending.push((entry.path(), format!("{name}/"), depth + 1));
             } else if is_image(base) {
+                if has_controls(&name) {
+                    let expected = "a file name without control characters";
+                    return Err(Error::format(&root.display().to_string(), expected, format!("{name:?}")));
+                }
                 names.push(&name)?;
             } else if name == "dataset.json" {
                 let path = entry.path();
                 let bytes = read_file(&path, "bytes of dataset.json", MAX_JSON)?;
                 json = Some((path.display().to_string(), bytes));
             } else {
-                ignored.push(name);
+                ignored.push(shown(&name));
             }
         }
     }
     ignored.sort();
     Ok(Scan { store: Store::Folder(root.into()), names: names.sorted(0)?.0, ignored, json })
+}
+
+/// Whether a name would move the cursor of a terminal that shows it.
+pub(crate) fn has_controls(name: &str) -> bool {
+    name.chars().any(char::is_control)
+}
+
+/// A name that is only shown. Control characters do occur there: macOS calls the icon of a folder `Icon\r`.
+pub(crate) fn shown(name: &str) -> String {
+    if has_controls(name) { name.escape_debug().to_string() } else { name.to_owned() }
 }

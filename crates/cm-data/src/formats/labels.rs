@@ -54,7 +54,7 @@ pub(crate) fn parse_json(json: &Json<'_>) -> Result<Option<HashMap<String, i64>>
         };
         if label < 0 || label >= MAX_CLASSES.into() {
             return Err(Error::Label {
-                file: format!("{}: {name}", json.file),
+                file: format!("{}: {}", json.file, crate::error::one_line(&name)),
                 index,
                 value: label,
                 classes: MAX_CLASSES,

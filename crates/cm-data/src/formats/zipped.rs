@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use rawzip::{CompressionMethod, FileReader, RECOMMENDED_BUFFER_SIZE, ZipArchive, ZipArchiveEntryWayfinder};
 
-use super::files::{is_hidden, is_image};
+use super::files::{has_controls, is_hidden, is_image, shown};
 use crate::error::{Error, Result};
 use crate::limits::{Bounded, DEFLATE_RATIO, MAX_ENCODED, MAX_JSON};
 use crate::names::Names;
@@ -60,8 +60,14 @@ pub(crate) fn scan(path: &Path) -> Result<ZipScan> {
         }
         let is_json = name.rsplit('/').next() == Some("dataset.json");
         if !is_json && !is_image(name) {
-            ignored.push(name.to_string());
+            ignored.push(shown(name));
             continue;
+        }
+        if has_controls(name) {
+            return Err(Error::UnsafeName { archive: path.into(), name: name.into() });
+        }
+        if entry.mode().is_symlink() {
+            return Err(Error::UnsafeMember { archive: path.into(), name: name.into(), what: "link" });
         }
         let method = entry.compression_method();
         let deflated = method == CompressionMethod::DEFLATE;

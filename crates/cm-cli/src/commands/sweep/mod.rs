@@ -1,7 +1,7 @@
 //! `cm train --sweep`: a run for each combination of values, one after the other, and a table of all.
 
-mod plan;
-mod table;
+pub mod plan;
+pub mod table;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
