@@ -99,6 +99,36 @@ fn a_folder_and_an_archive_of_the_same_images_train_alike() {
 }
 
 #[test]
+fn packed_images_train_as_their_files_and_corrupt_ones_are_named() {
+    let sandbox = Sandbox::new();
+    pictures(&sandbox, 8);
+    let train = |data: &str, name: &str| {
+        let sets = [format!("data={{{data}}}"), "train.total_steps=3".to_owned(), format!("name={name}")];
+        let sets = sets.each_ref().map(String::as_str);
+        sandbox.cm("train --config tiny.toml --device cpu").set(&sets).run()
+    };
+    let pack = sandbox.cm("data pack pictures --out packed --per-shard 3").run().ok();
+    assert!(pack.stdout.contains("--set data.kind=shards"), "{pack:#?}");
+    let files = ["images-00000.npy", "images-00001.npy", "images-00002.npy", "labels.npy"];
+    assert_eq!(sandbox.list("packed"), files);
+    train("kind='folder', path='pictures'", "a").ok();
+    train("kind='shards', path='packed'", "b").ok();
+    assert_eq!(log(&sandbox, "out/runs/a"), log(&sandbox, "out/runs/b"));
+
+    sandbox.write("pictures/dog_1.png", "no image");
+    train("kind='folder', path='pictures'", "c").fails(1, &["dog_1.png", "cannot decode"]);
+    let done = train("kind='folder', path='pictures', max_corrupt=1", "d").ok();
+    assert_eq!(done.stderr.matches("WARNING: passed over: ").count(), 1, "{done:#?}");
+    assert!(done.stderr.contains("pictures/dog_1.png: cannot decode"), "{done:#?}");
+    let less = sandbox.cm("data pack pictures --out less --max-corrupt 1 --labels none").run().ok();
+    assert!(less.stderr.contains("WARNING: left out: ") && less.stderr.contains("dog_1.png"), "{less:#?}");
+    assert_eq!(sandbox.list("less"), ["images-00000.npy"]);
+    sandbox.cm("data pack pictures --out none").run().fails(2, &["dog_1.png", "cannot decode"]);
+    assert!(sandbox.list("none").is_empty());
+    sandbox.cm("data pack pictures --out no --fit cut").run().fails(2, &["--fit", "cut"]);
+}
+
+#[test]
 fn inspect_says_what_it_found_and_draws_it() {
     let sandbox = Sandbox::new();
     pictures(&sandbox, 8);

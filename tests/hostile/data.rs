@@ -9,6 +9,9 @@ use tempfile::TempDir;
 
 use crate::mutate::{assert_memory_bounded, assert_one_line, config, damaged, damaged_text, scratch};
 
+/// 160 WebP images of two sizes, as LMDB 0.9.36 wrote them.
+const LMDB: &[u8] = include_bytes!("../../crates/cm-data/tests/fixtures/images.mdb");
+
 /// Opens and reads everything. `Some(message)` on an error.
 pub fn read_all(kind: SourceKind, path: &Path) -> Option<String> {
     let spec = SourceSpec::new(kind, Some(path.into()));
@@ -178,6 +181,24 @@ proptest! {
     ) {
         read_arrays(&statistics(&mu, &npy("<f4", "2, 2", 16)));
         read_arrays(&bytes);
+    }
+
+    #[test]
+    fn lmdb_databases(bytes in damaged(vec![LMDB.to_vec()])) {
+        let dir = folder(&[("data.mdb", &bytes)]);
+        let fault = read_all(SourceKind::Lmdb, dir.path());
+        // Its images are of two sizes, which is a fault of its own.
+        prop_assert!(bytes != LMDB || fault.as_ref().is_none_or(|text| text.contains("got 32x32")), "{fault:?}");
+    }
+
+    #[test]
+    fn shards(
+        bytes in damaged(vec![npy("|u1", "2, 3, 3, 3", 54), npy("|u1", "4, 2, 2", 16)]),
+        labels in damaged(vec![npy("<i8", "2,", 16), npy("|u1", "4,", 4)]),
+    ) {
+        let dir = folder(&[("a.npy", &bytes), ("labels.npy", &labels)]);
+        read_all(SourceKind::Shards, dir.path());
+        read_all(SourceKind::Shards, &dir.path().join("a.npy"));
     }
 
     #[test]

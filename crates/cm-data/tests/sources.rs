@@ -3,10 +3,12 @@
 use std::io::{Cursor, Write};
 use std::path::Path;
 
+use cm_data::shards::{self, Packing};
 use cm_data::{
     Batch, Channels, Error, Fit, LabelRule, Loader, LoaderSpec, Shape, SourceKind, SourceSpec, Split,
 };
 use image::{DynamicImage, GrayImage, ImageFormat, Luma, Rgb, RgbImage};
+use tempfile::TempDir;
 use zip::write::SimpleFileOptions;
 
 fn png(image: impl Into<DynamicImage>) -> Vec<u8> {
@@ -315,5 +317,112 @@ fn decoding_in_many_threads_gives_what_one_gives() {
             let at = index as usize * 48;
             assert_eq!(batch.pixels[row * 48..row * 48 + 48], want.pixels[at..at + 48]);
         }
+    }
+}
+
+/// 160 WebP images in an LMDB database: plain colours of 8×8 pixels, and noise of 32×32.
+fn lmdb() -> TempDir {
+    folder(&[("data.mdb", include_bytes!("fixtures/images.mdb").to_vec())])
+}
+
+#[test]
+fn an_lmdb_database_is_a_set_of_its_values() {
+    let dir = lmdb();
+    for path in [dir.path().to_path_buf(), dir.path().join("data.mdb")] {
+        let wanted = SourceSpec { resolution: Some(8), fit: Fit::Stretch, ..spec(SourceKind::Lmdb, &path) };
+        let set = wanted.open().unwrap();
+        assert_eq!((set.len(), set.shape(), set.labels()), (160, Shape::square(3, 8), None));
+        assert_eq!(
+            set.get(0).unwrap().pixels.iter().copied().step_by(64).collect::<Vec<_>>(),
+            [127, 254, 125]
+        );
+        (0..160).for_each(|index| drop(set.get(index).unwrap()));
+        assert_eq!(cm_data::inspect::detect(&path).unwrap(), SourceKind::Lmdb);
+    }
+    let message = message(
+        SourceSpec { resolution: None, ..spec(SourceKind::Lmdb, dir.path()) }
+            .open()
+            .and_then(|set| (0..160).try_for_each(|index| set.get(index).map(drop)).map(|()| set)),
+    );
+    assert!(
+        message.contains("data.mdb: ") && message.contains("expected 8x8 pixels, got 32x32"),
+        "{message}"
+    );
+    let inspection = cm_data::inspect(dir.path(), &cm_data::InspectOptions::default()).unwrap();
+    assert_eq!((inspection.report.count, inspection.report.sizes.len()), (160, 2));
+}
+
+/// Ten images, of which those with the given numbers do not decode.
+fn with_corrupt(broken: &[usize]) -> TempDir {
+    let files: Vec<(String, Vec<u8>)> = (0..10)
+        .map(|i| {
+            let bytes = if broken.contains(&i) { b"no image".to_vec() } else { flat(4, 10 * i as u8) };
+            (format!("{i}.png"), bytes)
+        })
+        .collect();
+    folder(&files.iter().map(|(name, bytes)| (name.as_str(), bytes.clone())).collect::<Vec<_>>())
+}
+
+fn loader(dir: &TempDir, max_corrupt: usize) -> Loader {
+    let wanted = SourceSpec {
+        resolution: Some(4),
+        channels: Some(Channels::Rgb),
+        ..spec(SourceKind::Folder, dir.path())
+    };
+    Loader::new(wanted.open().unwrap(), LoaderSpec { max_corrupt, ..LoaderSpec::new(10, 0, false) }).unwrap()
+}
+
+#[test]
+fn corrupt_images_are_passed_over_named_and_counted_up_to_a_limit() {
+    let dir = with_corrupt(&[3, 4, 9]);
+    let passing = loader(&dir, 3);
+    let batch = passing.batch_at(0).unwrap();
+    let mut seen = batch.indices.clone();
+    seen.sort_unstable();
+    // The next one that decodes stands in, behind the last the first.
+    assert_eq!(seen, [0, 0, 1, 2, 5, 5, 5, 6, 7, 8]);
+    assert!(batch.pixels.chunks_exact(48).zip(&batch.indices).all(|(image, &i)| image[0] == 10 * i as u8));
+    assert_eq!(passing.batch_at(0).unwrap(), loader(&dir, 5).batch_at(0).unwrap(), "nothing else decides");
+    let mut news = passing.corrupt();
+    news.sort();
+    assert_eq!(news.len(), 3);
+    assert!(news[0].contains("3.png: cannot decode") && news[2].contains("9.png"), "{news:?}");
+    assert!(passing.corrupt().is_empty(), "each is told once");
+
+    let error = message(loader(&dir, 2).batch_at(0));
+    assert!(error.contains("3 images do not decode, and data.max_corrupt = 2"), "{error}");
+    assert!(message(loader(&dir, 0).batch_at(0)).contains(".png: cannot decode"));
+    let all: Vec<usize> = (0..10).collect();
+    assert!(message(loader(&with_corrupt(&all), 10).batch_at(0)).contains("10 images do not decode"));
+}
+
+#[test]
+fn shards_take_no_changes_and_leave_out_what_does_not_decode() {
+    let dir = with_corrupt(&[0, 7]);
+    let wanted = SourceSpec {
+        resolution: Some(4),
+        channels: Some(Channels::Rgb),
+        ..spec(SourceKind::Folder, dir.path())
+    };
+    let set = wanted.open().unwrap();
+    let out = dir.path().join("packed");
+    let packing = |max_corrupt| Packing { per_shard: 3, max_corrupt };
+    assert!(message(shards::pack(&*set, &out, packing(0), &mut |_| ())).contains("0.png: cannot decode"));
+    assert!(message(shards::pack(&*set, &out, packing(1), &mut |_| ())).contains("max_corrupt = 1"));
+    assert!(!out.exists());
+    let left_out = shards::pack(&*set, &out, packing(2), &mut |_| ()).unwrap();
+    assert!(left_out.len() == 2 && left_out[1].contains("7.png"), "{left_out:?}");
+    let packed = spec(SourceKind::Shards, &out);
+    let back = packed.open().unwrap();
+    let values: Vec<u8> = (0..back.len()).map(|i| back.get(i).unwrap().pixels[0]).collect();
+    assert_eq!(values, [10, 20, 30, 40, 50, 60, 80, 90]);
+    assert_eq!(cm_data::inspect::detect(&out).unwrap(), SourceKind::Shards);
+    assert!(SourceSpec { resolution: Some(4), ..packed.clone() }.open().is_ok());
+    for (changed, words) in [
+        (SourceSpec { resolution: Some(8), ..packed.clone() }, "data: resolution = 8: the shards hold"),
+        (SourceSpec { channels: Some(Channels::Grey), ..packed.clone() }, "data: channels = grey"),
+        (SourceSpec { max_corrupt: 1, ..packed.clone() }, "data: max_corrupt = 1"),
+    ] {
+        assert!(message(changed.open()).starts_with(words), "{words}");
     }
 }
