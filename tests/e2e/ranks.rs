@@ -174,10 +174,10 @@ fn a_rank_with_another_config_or_other_data_is_named_with_the_key() {
             done.fails(2, &["rank 1: its settings are not those of rank 0", words]);
         }
     }
-    for done in
-        wait(start(2, |rank| train(&sandbox, "a").set(if rank == 1 { &["train.lr=fast"] } else { &[] })))
-    {
-        done.fails(2, &["--set train.lr: train.lr: ", "fast"]);
+    let slip = ["train.lr=fast"];
+    let command = |rank| train(&sandbox, "a").set(if rank == 1 { &slip } else { &[] });
+    for (done, code) in std::iter::zip(wait(start(2, command)), [1, 2]) {
+        done.fails(code, &["--set train.lr: train.lr: ", "fast"]);
     }
     assert!(!sandbox.path("a").exists(), "nothing is written");
 }
