@@ -4,6 +4,7 @@ use std::net::TcpListener;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use crate::distill::{CD, PD, teacher};
 use cm_tests::{Cm, Done, Running, Sandbox, assert_same_checkpoint, relative_difference};
 
 /// Every step's checkpoint stays; images are augmented, beside dropout and flips, so that everything is drawn that can
@@ -104,6 +105,22 @@ fn ranks_take_the_steps_of_one_process_whatever_their_number() {
         assert_ids(&sandbox, &out, ranks, 1, 20);
         let rows = sandbox.read(&format!("{out}/progress.csv"));
         assert_eq!(rows.lines().count(), 21, "one process writes the log");
+    }
+}
+
+#[test]
+fn ranks_distil_as_one_process_does() {
+    let sandbox = Sandbox::new();
+    teacher(&sandbox);
+    for (name, recipe) in [("cd", CD), ("pd", PD)] {
+        let line = format!("distill --teacher edm --config tiny.toml --device cpu --out {name}");
+        sandbox.cm(&line).set(recipe).run().ok();
+        sandbox.cm(&format!("launch --nproc 2 -- {line}-of-2")).set(recipe).run().ok();
+        for file in ["raw.safetensors", "target.safetensors"] {
+            let [one, two] = ["", "-of-2"].map(|of| checkpoint(&sandbox, &format!("{name}{of}"), 30, file));
+            let difference = relative_difference(&one, &two, |_| true);
+            assert!(difference < 1e-4, "{name}, {file}: {difference:e}");
+        }
     }
 }
 
