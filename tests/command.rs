@@ -34,7 +34,10 @@ fn binary() -> &'static Path {
         // everything above that would be built again.
         for (name, _) in std::env::vars_os() {
             let text = name.to_string_lossy();
-            if ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_"].iter().any(|start| text.starts_with(start)) {
+            if ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_", "OUT_DIR"]
+                .iter()
+                .any(|start| text.starts_with(start))
+            {
                 cargo.env_remove(&name);
             }
         }

@@ -14,14 +14,14 @@ pub const EDM: &[&str] = &[
 ];
 
 /// Consistency distillation (Song et al. 2023, Algorithm 2).
-const CD: &[&str] = &[
+pub const CD: &[&str] = &[
     "train.pairs.num_scales={kind='fixed', num_scales=18}",
     "train.target={kind='ema', rule={kind='fixed', mu=0.95}}",
     "train.teacher={solver='heun'}",
 ];
 
 /// Progressive distillation to 4, 2 and 1 steps (Salimans and Ho 2022): stages of 6, 12 and 12 steps.
-const PD: &[&str] = &[
+pub const PD: &[&str] = &[
     "train.pairs={kind='steps', rho=7.0, num_scales={kind='prog_dist', start=4, steps_per_stage=6}}",
     "train.target={kind='two_steps'}",
     "train.weighting=truncated_snr",

@@ -4,6 +4,7 @@ use std::net::TcpListener;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use crate::distill::{CD, PD, teacher};
 use cm_tests::{Cm, Done, Running, Sandbox, assert_same_checkpoint, relative_difference};
 
 /// Every step's checkpoint stays; images are augmented, beside dropout and flips, so that everything is drawn that can
@@ -108,6 +109,22 @@ fn ranks_take_the_steps_of_one_process_whatever_their_number() {
 }
 
 #[test]
+fn ranks_distil_as_one_process_does() {
+    let sandbox = Sandbox::new();
+    teacher(&sandbox);
+    for (name, recipe) in [("cd", CD), ("pd", PD)] {
+        let line = format!("distill --teacher edm --config tiny.toml --device cpu --out {name}");
+        sandbox.cm(&line).set(recipe).run().ok();
+        sandbox.cm(&format!("launch --nproc 2 -- {line}-of-2")).set(recipe).run().ok();
+        for file in ["raw.safetensors", "target.safetensors"] {
+            let [one, two] = ["", "-of-2"].map(|of| checkpoint(&sandbox, &format!("{name}{of}"), 30, file));
+            let difference = relative_difference(&one, &two, |_| true);
+            assert!(difference < 1e-4, "{name}, {file}: {difference:e}");
+        }
+    }
+}
+
+#[test]
 fn a_rank_that_is_killed_ends_all_by_name_and_fewer_ranks_go_on_in_the_same_order() {
     let sandbox = Sandbox::new();
     let sets = [RUN, &["train.total_steps=60", "run.keep_last=60"]].concat();
@@ -174,10 +191,10 @@ fn a_rank_with_another_config_or_other_data_is_named_with_the_key() {
             done.fails(2, &["rank 1: its settings are not those of rank 0", words]);
         }
     }
-    for done in
-        wait(start(2, |rank| train(&sandbox, "a").set(if rank == 1 { &["train.lr=fast"] } else { &[] })))
-    {
-        done.fails(2, &["--set train.lr: train.lr: ", "fast"]);
+    let slip = ["train.lr=fast"];
+    let command = |rank| train(&sandbox, "a").set(if rank == 1 { &slip } else { &[] });
+    for (done, code) in std::iter::zip(wait(start(2, command)), [1, 2]) {
+        done.fails(code, &["--set train.lr: train.lr: ", "fast"]);
     }
     assert!(!sandbox.path("a").exists(), "nothing is written");
 }

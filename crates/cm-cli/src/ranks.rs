@@ -84,7 +84,10 @@ impl Ranks {
         if !self.group.is_first() {
             self.group.barrier("what rank 0 prepares")?;
         }
-        let done = work()?;
+        let done = {
+            let _busy = self.group.busy();
+            work()?
+        };
         if self.group.is_first() {
             self.group.barrier("what rank 0 prepares")?;
         }

@@ -5,6 +5,7 @@
 //!   config.toml                       the experiment with every value resolved
 //!   progress.csv, stats.jsonl         the log
 //!   events.out.tfevents.cm            the log and the grids, for TensorBoard
+//!   ranks/rank-0000.csv …             the images that each of several processes has seen
 //!   samples/step-00000200-raw.png …   grids of the raw and the averaged weights
 //!   checkpoints/step-00000200/        raw, ema-RATE, target and optimizer .safetensors, state.json
 //! ```

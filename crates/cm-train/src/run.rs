@@ -1,6 +1,7 @@
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use cm_torch::dist::ProcessGroup;
 use serde::{Deserialize, Serialize};
 
 use crate::logs::{LogEntry, Logs};
@@ -186,6 +187,8 @@ pub fn run<M: Trainable>(
             if due(session.spec.log_every) {
                 logs.write(&report)?.iter().for_each(|entry| observer.on_log(entry));
             }
+            // The other ranks wait in their next exchange, however long this takes.
+            let _busy = trainer.group().map(ProcessGroup::busy);
             if due(session.spec.checkpoint_every) {
                 save(trainer, &checkpoints, session, observer)?;
                 last_saved = Some(report.step);
@@ -199,6 +202,7 @@ pub fn run<M: Trainable>(
     }
     let unsaved = last_report.filter(|report| last_saved != Some(report.step));
     if let (Some(logs), Some(report)) = (&mut logs, unsaved) {
+        let _busy = trainer.group().map(ProcessGroup::busy);
         logs.write(&report)?.iter().for_each(|entry| observer.on_log(entry));
         save(trainer, &checkpoints, session, observer)?;
     }

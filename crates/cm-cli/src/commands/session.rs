@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use cm_data::Dataset;
@@ -47,14 +48,21 @@ pub fn build_trainer(experiment: &Experiment, start: &Start, device: Device) -> 
     Ok(Trainer::new(networks, &experiment.train, experiment.levels()?)?)
 }
 
+/// Signals so soon behind the first are the same request: a launcher passes a Ctrl-C on that its ranks have had.
+const ONE_REQUEST: Duration = Duration::from_secs(1);
+
 /// A stop flag that Ctrl-C (and a request to terminate) sets; the second one ends the process at once.
 pub fn stop_on_signal() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     let flag = stop.clone();
+    let mut first: Option<Instant> = None;
     ctrlc::set_handler(move || {
-        if flag.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
+        match first {
+            Some(first) if first.elapsed() > ONE_REQUEST => std::process::exit(130),
+            Some(_) => return,
+            None => first = Some(Instant::now()),
         }
+        flag.store(true, Ordering::Relaxed);
         ui::say("\nfinishing the step and saving; press Ctrl-C again to stop at once, without saving");
     })
     .context("setting up Ctrl-C")?;

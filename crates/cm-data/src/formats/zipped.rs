@@ -47,7 +47,9 @@ pub(crate) fn scan(path: &Path) -> Result<ZipScan> {
     let (mut names, mut members) = (Names::default(), Vec::new());
     let (mut ignored, mut jsons) = (Vec::new(), Vec::new());
     let mut entries = archive.entries(&mut buffer);
+    let mut count = 0_u64;
     while let Some(entry) = entries.next_entry().map_err(broken)? {
+        count += 1;
         let raw = entry.file_path();
         let Ok(name) = std::str::from_utf8(raw.as_ref()) else {
             return Err(Error::format(&place, "file names in UTF-8", String::from_utf8_lossy(raw.as_ref())));
@@ -83,6 +85,14 @@ pub(crate) fn scan(path: &Path) -> Result<ZipScan> {
             names.push(name)?;
             members.push(member);
         }
+    }
+    // Without the 64-bit form a directory counts its members in 16 bits, and some writers let that number run over.
+    let claimed = archive.entries_hint();
+    if claimed != count && claimed != count & 0xffff {
+        return Err(Error::corrupt(
+            place,
+            format!("as a zip: {claimed} members are claimed and {count} found"),
+        ));
     }
     ignored.sort();
     let zipped = Zipped { archive, place: path.into(), stored, members };

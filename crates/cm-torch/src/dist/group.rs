@@ -10,6 +10,8 @@ use crate::{Error, Result};
 
 /// How often a rank that waits looks for what may be wrong.
 const SLICE: Duration = Duration::from_millis(200);
+/// Gloo counts the time of an exchange too, and knows nothing of ranks that are busy.
+const NO_LIMIT: Duration = Duration::from_secs(30 * 24 * 3600);
 /// Limit for the connections between ranks that have all come.
 const CONNECT: Duration = Duration::from_secs(60);
 
@@ -42,6 +44,16 @@ struct Connected {
     store: Store,
     limits: Limits,
     ending: Cell<Ending>,
+}
+
+/// A rank that the others wait for; see [`ProcessGroup::busy`].
+#[derive(Debug)]
+pub struct Busy<'a>(&'a ProcessGroup);
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        self.0.set_busy(false);
+    }
 }
 
 /// How this rank's part ends.
@@ -95,8 +107,8 @@ impl ProcessGroup {
             address: rendezvous.is_local().then_some("127.0.0.1"),
             interface: rendezvous.interface.as_deref(),
             within: limits.exchange.min(CONNECT),
-            // Later than this rank's own limit, whose error names a rank.
-            timeout: limits.exchange + CONNECT,
+            // This rank keeps to limits of its own, whose errors name a rank.
+            timeout: NO_LIMIT,
         };
         let group = Group::open(&store, &connect).map_err(|error| {
             let during = "connecting the ranks".to_owned();
@@ -172,6 +184,20 @@ impl ProcessGroup {
         Ok(lengths.iter().map(|&length| rest.by_ref().take(length as usize).collect()).collect())
     }
 
+    /// Until the result is dropped, the others wait for this rank longer than [`Limits::exchange`], as long as it lives:
+    /// it saves what all have trained, or fetches what all need.
+    #[must_use = "the rank is busy as long as this value lives"]
+    pub fn busy(&self) -> Busy<'_> {
+        self.set_busy(true);
+        Busy(self)
+    }
+
+    fn set_busy(&self, busy: bool) {
+        if let Some(connected) = &self.connected {
+            connected.watch.set_busy(busy);
+        }
+    }
+
     /// Tells the other ranks that this one ends, and why: what they are exchanging, or will, returns
     /// [`Error::Rank`] with this cause. Returns when they know it, after a few seconds at most.
     pub fn fail(&self, cause: &str) {
@@ -228,12 +254,15 @@ impl Connected {
             return Err(error);
         }
         self.watch.enter();
-        let began = Instant::now();
+        let mut began = Instant::now();
         let broken = |error: Error| self.watch.inquest().unwrap_or_else(|| failed(error.to_string()));
         let work = start(&self.group).map_err(broken)?;
         while !work.wait(SLICE).map_err(broken)? {
             if let Some(error) = self.watch.fault() {
                 return Err(error);
+            }
+            if self.watch.is_another_busy() {
+                began = Instant::now();
             }
             if began.elapsed() > self.limits.exchange {
                 let seconds = self.limits.exchange.as_secs();

@@ -10,7 +10,7 @@
 //! | it failed and said so | within two seconds |
 //! | it was killed, or it crashed | within about five seconds |
 //! | it was stopped, or its machine or network is down | after [`Limits::silence`] |
-//! | it lives and does not take part | after [`Limits::exchange`] |
+//! | it lives and does not take part | after [`Limits::exchange`], unless it is [`busy`](ProcessGroup::busy) |
 //!
 //! A group of one needs no network, and its exchanges do nothing.
 
@@ -21,5 +21,5 @@ mod rendezvous;
 mod tests;
 mod watch;
 
-pub use group::ProcessGroup;
+pub use group::{Busy, ProcessGroup};
 pub use rendezvous::{Keeper, Limits, Rendezvous};

@@ -103,8 +103,7 @@ pub struct Limits {
 }
 
 impl Default for Limits {
-    /// Ten minutes for an exchange, in which one rank may save or draw samples while the others wait; half a minute
-    /// of silence.
+    /// Ten minutes for an exchange, half a minute of silence.
     fn default() -> Self {
         Self { exchange: Duration::from_secs(600), silence: Duration::from_secs(30) }
     }

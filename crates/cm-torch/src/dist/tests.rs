@@ -138,6 +138,18 @@ fn a_rank_that_does_not_take_part_is_named_after_the_limit() {
 }
 
 #[test]
+fn the_others_wait_for_a_rank_that_is_busy() {
+    on_ranks(2, 2, |group| {
+        if group.rank() == 1 {
+            let _busy = group.busy();
+            std::thread::sleep(Duration::from_secs(5));
+        }
+        group.barrier("step 3").unwrap();
+        group.leave().unwrap();
+    });
+}
+
+#[test]
 fn ranks_that_do_not_come_are_named() {
     let port = free_port();
     let error = ProcessGroup::join(&rendezvous(0, 3, port), limits(1)).unwrap_err();

@@ -45,17 +45,20 @@ struct Beat {
     entered: u64,
     /// Whether it has read the fault.
     seen: bool,
+    /// Whether it does something that the others wait for, however long it takes.
+    busy: bool,
 }
 
 impl Beat {
     fn parse(text: &str) -> Option<Self> {
         let mut words = text.split(' ');
         let mut number = || words.next()?.parse::<u64>().ok();
-        Some(Self { count: number()?, entered: number()?, seen: number()? == 1 })
+        Some(Self { count: number()?, entered: number()?, seen: number()? == 1, busy: number()? == 1 })
     }
 
     fn text(&self) -> String {
-        format!("{} {} {}", self.count, self.entered, u8::from(self.seen))
+        let [seen, busy] = [self.seen, self.busy].map(u8::from);
+        format!("{} {} {seen} {busy}", self.count, self.entered)
     }
 }
 
@@ -151,6 +154,18 @@ impl Watch {
     /// Notes that this rank enters an exchange.
     pub(super) fn enter(&self) {
         lock(&self.state).own.entered += 1;
+    }
+
+    /// Notes that the others are to wait for this rank, or not any more.
+    pub(super) fn set_busy(&self, busy: bool) {
+        lock(&self.state).own.busy = busy;
+        self.hurry();
+    }
+
+    /// Whether another rank is busy.
+    pub(super) fn is_another_busy(&self) -> bool {
+        let state = lock(&self.state);
+        state.beats.iter().enumerate().any(|(rank, (beat, _))| rank != self.rank && beat.busy)
     }
 
     /// What is wrong with another rank, while nothing is wrong with the connections to it.
