@@ -51,6 +51,10 @@ const STEPS: &[(&str, Work)] = &[
     ("test", |root, _| command(cargo_xtask(root).arg("test"))),
     ("golden", check_golden),
     ("demo", |root, _| demo(root)),
+    ("torture", |root, _| {
+        let out = built("xtask")?.with_file_name("ci-torture");
+        command(cargo_xtask(root).args(["torture", "--quick", "--out"]).arg(out))
+    }),
     ("outside", |root, _| outside(root)),
     ("publish", |root, _| publish(root)),
 ];

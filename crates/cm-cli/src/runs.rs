@@ -6,6 +6,7 @@
 //!   progress.csv, stats.jsonl         the log
 //!   events.out.tfevents.cm            the log and the grids, for TensorBoard
 //!   samples/step-00000200-raw.png …   grids of the raw and the averaged weights
+//!   .lock                             the process that trains here; empty while none does
 //!   checkpoints/step-00000200/        raw, ema-RATE, target and optimizer .safetensors, state.json
 //! ```
 
