@@ -12,7 +12,8 @@ pub const LOCK_FILE: &str = ".lock";
 /// The right to write into a run's folder, which one process at a time has.
 ///
 /// The operating system takes the lock back when the process ends, however it ends: a run that was killed can be
-/// resumed at once. The file says who holds it, for the one who finds it held.
+/// resumed at once. The file says who holds it, for the one who finds it held. Files that a killed process left
+/// half-written in the folder are removed when it is taken: nobody else can be writing them.
 #[derive(Debug)]
 pub struct RunLock {
     file: File,
@@ -36,6 +37,7 @@ impl RunLock {
         let owner = format!("process {} on {}\n", std::process::id(), host());
         let written = file.set_len(0).and_then(|()| file.write_all(owner.as_bytes()));
         written.map_err(|e| Error::io(&path, "writing", e))?;
+        remove_half_written(folder)?;
         Ok(Self { file })
     }
 }
@@ -46,6 +48,18 @@ impl Drop for RunLock {
         // all the same.
         let _ = self.file.set_len(0);
     }
+}
+
+/// Removes the temporary files of [`cm_model::files`], whose names nothing else has.
+fn remove_half_written(folder: &Path) -> Result<()> {
+    let entries = fs::read_dir(folder).map_err(|e| Error::io(folder, "reading the folder", e))?;
+    for path in entries.flatten().map(|entry| entry.path()) {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.starts_with('.') && name.ends_with(".partial") && path.is_file() {
+            fs::remove_file(&path).map_err(|e| Error::io(&path, "removing", e))?;
+        }
+    }
+    Ok(())
 }
 
 fn held(folder: &Path, file: &mut File) -> Error {
@@ -91,8 +105,14 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join(LOCK_FILE), "process 4194305 on a machine that was longer ago\n")
             .unwrap();
+        for name in [".a1B2c3.partial", "mine.partial", ".hidden"] {
+            fs::write(folder.path().join(name), "half").unwrap();
+        }
         let _lock = RunLock::take(folder.path()).unwrap();
         let text = fs::read_to_string(folder.path().join(LOCK_FILE)).unwrap();
         assert_eq!(text, format!("process {} on {}\n", std::process::id(), host()));
+        let left =
+            [".a1B2c3.partial", "mine.partial", ".hidden"].map(|name| folder.path().join(name).is_file());
+        assert_eq!(left, [false, true, true], "what the killed process wrote goes, and nothing else");
     }
 }

@@ -112,6 +112,7 @@ impl Killer<'_> {
     fn reached_its_end(&mut self) -> Result<()> {
         self.runs.same_as_whole(&self.name)?;
         self.runs.check_whole(&self.name)?;
+        self.runs.nothing_half_written(&self.name)?;
         fs::remove_dir_all(self.runs.folder(&self.name))?;
         self.rounds += 1;
         self.name = format!("killed-{}", self.rounds);

@@ -130,6 +130,17 @@ impl Runs {
         Ok(whole)
     }
 
+    /// Asserts that no temporary file is left in the folder of the run.
+    pub fn nothing_half_written(&self, name: &str) -> Result<()> {
+        for folder in [self.folder(name), checkpoints(&self.folder(name))] {
+            for entry in fs::read_dir(&folder)? {
+                let path = entry?.path();
+                ensure!(!path.to_string_lossy().ends_with(".partial"), "{} is left", path.display());
+            }
+        }
+        Ok(())
+    }
+
     /// The checksum of the weights at the end of the undisturbed run.
     pub fn weights(&self) -> Result<String> {
         let state = fs::read(last(&self.folder(WHOLE)).join("state.json"))?;
