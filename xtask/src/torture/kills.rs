@@ -122,8 +122,8 @@ impl Killer<'_> {
 
 /// Whether a checkpoint is being written, or was when the run was killed.
 fn is_torn(run: &Path) -> bool {
-    let names = fs::read_dir(checkpoints(run)).into_iter().flatten().flatten();
-    names.into_iter().any(|entry| entry.file_name().to_string_lossy().ends_with(".partial"))
+    let mut names = fs::read_dir(checkpoints(run)).into_iter().flatten().flatten();
+    names.any(|entry| entry.file_name().to_string_lossy().ends_with(".partial"))
 }
 
 /// Numbers for moments (Steele, Lea and Flood 2014, SplitMix64).
