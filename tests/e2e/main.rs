@@ -7,6 +7,7 @@ mod eval;
 mod inform;
 mod lpips;
 mod model;
+mod private;
 mod ranks;
 mod report;
 mod sample;

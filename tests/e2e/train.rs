@@ -228,12 +228,37 @@ fn a_disk_that_is_full_ends_the_run_and_spares_what_was_saved() {
 }
 
 #[test]
+fn a_folder_in_which_another_process_trains_is_refused() {
+    let sandbox = Sandbox::new();
+    train(&sandbox, "whole").run().ok();
+    let first = running(train(&sandbox, "shared"), &sandbox, "shared", 12);
+    // Frozen, it holds the folder for as long as it takes.
+    first.signal("STOP");
+    let owner = sandbox.read("shared/.lock");
+    for command in [resume(&sandbox, "shared"), train(&sandbox, "shared").arg("--resume")] {
+        let words = ["shared: another process trains in this folder", owner.trim(), "--out"];
+        command.run().fails(2, &words);
+    }
+    first.signal("KILL");
+    assert_eq!(first.wait().code, None, "a signal ended it");
+    resume(&sandbox, "shared").run().ok();
+    assert_same_run(&sandbox, "whole", "shared");
+    assert_eq!(sandbox.read("shared/.lock"), "", "nobody holds it");
+}
+
+#[test]
 fn a_loss_that_is_not_finite_ends_the_run_and_names_step_and_last_good_checkpoint() {
     let sandbox = Sandbox::new();
     let done = train(&sandbox, "a").set(&["train.lr=1e30", "run.checkpoint_every=1"]).run();
     done.fails(
         3,
-        &["step 2: ", "the loss (NaN) is not finite", "last good checkpoint is a/checkpoints/step-00000001;"],
+        &[
+            "step 2: ",
+            "the loss (NaN) is not finite",
+            "last good checkpoint is a/checkpoints/step-00000001;",
+            "lower train.lr (1000000000000000",
+            "set train.grad_clip (none is set)",
+        ],
     );
     assert_eq!(sandbox.list("a/checkpoints"), ["step-00000001"]);
 }

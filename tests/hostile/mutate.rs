@@ -101,7 +101,7 @@ impl Edit {
     /// A binary size of 1, 2, 4 or 8 bytes, in either order.
     fn lie(self, bytes: &mut [u8], at: usize) {
         let value = SIZES[self.length % SIZES.len()];
-        let width = 1 << (self.value >> 2 & 3);
+        let width = 1 << ((self.value >> 2) & 3);
         let little = value.to_le_bytes();
         for (i, byte) in bytes[at..].iter_mut().take(width).enumerate() {
             *byte = little[if self.what == 6 { i } else { width - 1 - i }];

@@ -52,6 +52,10 @@ const STEPS: &[(&str, Work)] = &[
     ("golden", check_golden),
     ("demo", |root, _| demo(root)),
     ("report", |root, _| report(root)),
+    ("torture", |root, _| {
+        let out = built("xtask")?.with_file_name("ci-torture");
+        command(cargo_xtask(root).args(["torture", "--quick", "--out"]).arg(out))
+    }),
     ("outside", |root, _| outside(root)),
     ("publish", |root, _| publish(root)),
 ];

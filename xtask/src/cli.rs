@@ -7,7 +7,7 @@ use anyhow::Result;
 use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand};
 
-use crate::{ci, doctor, exports, runner, setup, tidy, tools};
+use crate::{ci, doctor, exports, runner, setup, tidy, tools, torture};
 
 /// Set libtorch up, then build, test, train and sample with it.
 ///
@@ -151,7 +151,16 @@ All arguments go to `cm fetch`; `cargo xtask cm fetch --help` lists them.")]
     /// Check the crate graph and the sources against the rules of docs/architecture.md
     Tidy,
 
-    /// Run what CI runs: setup, formatting, tidy, clippy, docs, tests, golden numbers, a short demo and report, a project outside
+    /// Kill, starve and damage a small training run in every way, and hold what it ends in against an undisturbed one
+    #[command(after_help = "Examples:
+  cargo xtask torture                 200 kills and all faults, some minutes
+  cargo xtask torture --quick         24 kills and all faults, about a minute
+  cargo xtask torture --kills 1000 --seed 7
+
+A table at the end, and torture.json in the folder; exit code 1 if anything did not hold, and the runs stay then.")]
+    Torture(TortureArgs),
+
+    /// Run what CI runs: setup, formatting, tidy, clippy, docs, tests, golden numbers, a short demo and report, a tortured run, a project outside
     #[command(after_help = "Examples:
   cargo xtask ci
   cargo xtask ci --golden DIR         where the full set of golden files lies
@@ -193,6 +202,23 @@ struct CmArgs {
     args: Vec<OsString>,
 }
 
+/// How long a run is to be tortured.
+#[derive(Args)]
+pub struct TortureArgs {
+    /// Fewer kills
+    #[arg(long)]
+    pub quick: bool,
+    /// How many times the run is killed
+    #[arg(long, value_name = "N")]
+    pub kills: Option<usize>,
+    /// Where the moments of the kills come from
+    #[arg(long, value_name = "N", default_value = "1")]
+    pub seed: u64,
+    /// Folder for the runs and the result
+    #[arg(long, value_name = "DIR", default_value = "out/torture")]
+    pub out: PathBuf,
+}
+
 /// What CI is to check.
 #[derive(Args)]
 pub struct CiArgs {
@@ -211,6 +237,7 @@ pub fn run(cli: Cli) -> Result<u8> {
         Command::Env => exports::run(),
         Command::Doctor => doctor::run(),
         Command::Tidy => tidy::run(),
+        Command::Torture(args) => torture::run(&args),
         Command::Ci(args) => ci::run(&args),
         Command::Build(rest) => runner::cargo_on_workspace(&["build", "--release"], rest.args),
         Command::Test(rest) => runner::cargo_on_workspace(&["test", "--release"], rest.args),

@@ -17,6 +17,7 @@ mod runner;
 mod setup;
 mod tidy;
 mod tools;
+mod torture;
 mod wheels;
 
 use std::process::ExitCode;

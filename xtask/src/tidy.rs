@@ -2,6 +2,7 @@
 
 mod graph;
 mod lexer;
+mod licences;
 mod sources;
 
 use anyhow::Result;
@@ -22,7 +23,9 @@ pub fn run() -> Result<u8> {
 
 fn breaches() -> Result<Vec<String>> {
     let root = tools::workspace_root();
-    let mut breaches = graph::check(&graph::metadata(&root)?)?;
+    let metadata = graph::metadata(&root)?;
+    let mut breaches = graph::check(&metadata)?;
+    breaches.extend(licences::check(&root, &metadata)?);
     breaches.extend(sources::check(&root)?);
     Ok(breaches)
 }

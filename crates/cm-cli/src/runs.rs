@@ -7,6 +7,7 @@
 //!   events.out.tfevents.cm            the log and the grids, for TensorBoard
 //!   ranks/rank-0000.csv …             the images that each of several processes has seen
 //!   samples/step-00000200-raw.png …   grids of the raw and the averaged weights
+//!   .lock                             the process that trains here; empty while none does
 //!   checkpoints/step-00000200/        raw, ema-RATE, target and optimizer .safetensors, state.json
 //! ```
 

@@ -84,6 +84,17 @@ pub enum Error {
         /// The last checkpoint that was written before it.
         checkpoint: Option<PathBuf>,
     },
+    /// Another process writes into the run's folder.
+    #[error(
+        "{}: another process trains in this folder ({owner}); wait for its end, or choose another folder (--out)",
+        folder.display()
+    )]
+    Held {
+        /// The run's folder.
+        folder: PathBuf,
+        /// The process and its host.
+        owner: String,
+    },
     /// A checkpoint cannot be used.
     #[error("checkpoint {path}: {problem}")]
     Checkpoint {

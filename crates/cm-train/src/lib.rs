@@ -22,6 +22,7 @@ mod checkpoint;
 mod error;
 mod events;
 mod finite;
+mod lock;
 mod logs;
 mod loss;
 mod memory;
@@ -46,6 +47,7 @@ pub use checkpoint::{
 pub use cm_model::ImageDistance;
 pub use error::{BoxError, Error, Result};
 pub use events::{EVENTS_FILE, EventFile};
+pub use lock::{LOCK_FILE, RunLock};
 pub use logs::{LogEntry, PROGRESS_FILE, RankLog, STATS_FILE, SigmaBin};
 pub use loss::{
     Example, Losses, Target, Teacher, consistency_loss, denoising_loss, distillation_loss, progressive_loss,

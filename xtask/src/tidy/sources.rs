@@ -20,6 +20,15 @@ const MAX_ASSETS: u64 = 6_000_000;
 const BRIDGE: &str = "crates/cm-torch/";
 const MEMORY_MAP: &str = "crates/cm-data/src/mmap.rs";
 
+/// What tells the time of day or the age of a file. A clock that is set while a run goes on, or between two sessions of
+/// it, must change nothing: only what is shown may hold the time.
+const CLOCKS: &[&str] = &["SystemTime", "OffsetDateTime", "modified"];
+const MAY_SHOW_THE_TIME: &[&str] = &[
+    "crates/cm-cli/src/commands/eval/report.rs",
+    "crates/cm-cli/src/demo/publish.rs",
+    "crates/cm-train/src/events/mod.rs",
+];
+
 const CPP: &[&str] = &["c", "cc", "cpp", "cxx", "cu", "cuh", "h", "hh", "hpp"];
 const LENGTH_CHECKED: &[&str] = &["rs", "cpp", "h", "py", "sh"];
 const IGNORED_FOLDERS: &[&str] = &["target", "out", "runs", ".git", ".libtorch"];
@@ -67,6 +76,13 @@ fn check_text(file: &str, extension: &str, text: &str) -> Vec<String> {
     if extension == "rs" && !file.starts_with(BRIDGE) && file != MEMORY_MAP {
         for (line, _) in lexer::words(text).into_iter().filter(|(_, word)| *word == "unsafe") {
             breaches.push(format!("{file}:{line}: unsafe code lives in {BRIDGE} and {MEMORY_MAP} alone"));
+        }
+    }
+    let is_library = file.starts_with("crates/") && file.contains("/src/") && extension == "rs";
+    if is_library && !MAY_SHOW_THE_TIME.contains(&file) {
+        for (line, word) in lexer::words(text).into_iter().filter(|(_, word)| CLOCKS.contains(word)) {
+            breaches
+                .push(format!("{file}:{line}: {word}: nothing may depend on the time of day (use Instant)"));
         }
     }
     for (number, line) in text.lines().enumerate() {
@@ -152,6 +168,17 @@ mod tests {
         assert_eq!(said("a.rs", &at_most), [""; 0]);
         assert_eq!(said("a.rs", &(at_most.clone() + "a\n")), ["a.rs: 801 lines, at most 800"]);
         assert_eq!(said("a.csv", &(at_most + "a\n")), [""; 0]);
+    }
+
+    #[test]
+    fn clocks_are_read_where_time_is_shown_alone() {
+        let text = "// SystemTime\nlet now = SystemTime::now();\n";
+        let breach =
+            "crates/cm-data/src/x.rs:2: SystemTime: nothing may depend on the time of day (use Instant)";
+        assert_eq!(said("crates/cm-data/src/x.rs", text), [breach]);
+        for fine in ["crates/cm-train/src/events/mod.rs", "xtask/src/x.rs", "crates/cm-data/tests/x.rs"] {
+            assert_eq!(said(fine, text), [""; 0]);
+        }
     }
 
     #[test]

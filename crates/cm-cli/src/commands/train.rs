@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, bail};
 use cm_data::SourceKind;
-use cm_train::{Checkpoints, Ending, Method};
+use cm_train::{Checkpoints, Ending, Method, RunLock};
 use tch::Device;
 
 use super::session::{self, Run, View};
@@ -211,6 +211,8 @@ impl Ready {
         ui::say(&format!("data: {} ({} images of {})", data.source(), data.len(), data.shape()));
         let mut trainer = session::build_trainer(&experiment, &models, device).or_usage()?;
         drop(models);
+        // Before a checkpoint is read: another process may be about to remove it. Of several ranks the first writes.
+        let _lock = ranks.group.is_first().then(|| RunLock::take(folder)).transpose().or_usage()?;
         if resume && ranks.group.is_first() {
             announce(&cm_train::resume(&mut trainer, folder).or_usage()?);
         }

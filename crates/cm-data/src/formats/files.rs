@@ -72,7 +72,8 @@ impl ImageFiles {
     ///
     /// # Errors
     /// [`Error::Missing`] or [`Error::Empty`] without images; [`Error::UnsafeName`] if a member's name leads out of
-    /// the zip; what is wrong with labels; [`Error::Corrupt`] if the first image does not decode.
+    /// the zip or holds control characters; what is wrong with labels; [`Error::Corrupt`] if the first image does not
+    /// decode.
     pub fn open(path: &Path, options: FileOptions) -> Result<Self> {
         let is_folder = path.is_dir();
         let scan = match is_folder {

@@ -18,7 +18,10 @@ use mutate::{assert_memory_bounded, assert_one_line, config, damaged, scratch};
 /// A `state.json` of one file of eight bytes.
 static STATE: LazyLock<Vec<u8>> = LazyLock::new(|| {
     let folder = scratch();
-    let write = |folder: &Path| Ok(fs::write(folder.join("weights"), "12345678").unwrap());
+    let write = |folder: &Path| {
+        fs::write(folder.join("weights"), "12345678").unwrap();
+        Ok(())
+    };
     let place = Checkpoints::of_run(folder.path()).save(20, 40, &spec(), write).unwrap();
     fs::read(place.join(STATE_FILE)).unwrap()
 });
@@ -91,8 +94,8 @@ proptest! {
         }
         drop(Logs::open(folder.path(), step).unwrap());
         let text = fs::read_to_string(folder.path().join(PROGRESS_FILE)).unwrap();
-        let steps = text.lines().filter_map(|line| line.split(',').next()?.parse::<u64>().ok());
-        prop_assert!(steps.into_iter().all(|logged| logged <= step), "{text}");
+        let mut steps = text.lines().filter_map(|line| line.split(',').next()?.parse::<u64>().ok());
+        prop_assert!(steps.all(|logged| logged <= step), "{text}");
         assert_memory_bounded();
     }
 }

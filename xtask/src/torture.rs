@@ -1,0 +1,65 @@
+//! `cargo xtask torture`: what may befall a training run, done to one, and what must be left of it.
+//!
+//! Everything goes through the built program `cm` on a tiny run of digits with a checkpoint after every step, and every
+//! run that goes on must end in the bytes of one that nothing befell.
+
+mod faults;
+mod kills;
+mod report;
+mod runs;
+
+use std::fs;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+
+use crate::cli::TortureArgs;
+use crate::runner::{built, cargo, code_of, status_of};
+use crate::{setup, tools};
+
+use report::{Case, Outcome};
+use runs::Runs;
+
+/// Kills of the whole suite and of the quick one.
+const KILLS: [usize; 2] = [200, 24];
+/// A file in the folder of the suite, by which it is known again.
+const MARK: &str = ".torture";
+
+/// Builds `cm`, does all of it, and returns 1 if anything did not hold.
+pub fn run(args: &TortureArgs) -> Result<u8> {
+    setup::ensure()?;
+    let status = status_of(&mut cargo(&["build", "--release", "--workspace", "--bin", "cm"]))?;
+    if !status.success() {
+        return Ok(code_of(status));
+    }
+    let out = std::path::absolute(&args.out).context("the folder --out")?;
+    if out.exists() && !out.join(MARK).is_file() {
+        bail!("{}: it is there and is no folder of this command; choose another --out", out.display());
+    }
+    drop(fs::remove_dir_all(out.join("runs")));
+    let place = out.join("runs");
+    fs::create_dir_all(&place).with_context(|| format!("cannot make {}", place.display()))?;
+    fs::write(out.join(MARK), "This folder is replaced by the next `cargo xtask torture`.\n")?;
+    let kills = args.kills.unwrap_or(KILLS[usize::from(args.quick)]);
+
+    let began = Instant::now();
+    let experiment = tools::workspace_root().join("tests/tiny.toml");
+    let runs = Runs::begin(built("cm")?, place.clone(), &experiment)?;
+    println!("torture: a run of {} steps takes {:.1} s here", runs::STEPS, runs.whole_seconds);
+    let mut cases = vec![kills::kills(&runs, kills, args.seed)?];
+    for (name, fault) in faults::FAULTS {
+        cases.push(Case::of(name, || fault(&runs)));
+        println!("{}", cases[cases.len() - 1].line());
+    }
+    let seconds = began.elapsed().as_secs_f64();
+    let json = out.join("torture.json");
+    fs::write(&json, report::json(&cases, kills, args.seed, seconds))
+        .with_context(|| format!("cannot write {}", json.display()))?;
+    print!("{}", report::table(&cases, seconds));
+    println!("  {}", json.display());
+    let failed = cases.iter().any(|case| matches!(case.outcome, Outcome::Failed(_)));
+    if !failed {
+        fs::remove_dir_all(&place).with_context(|| format!("cannot remove {}", place.display()))?;
+    }
+    Ok(u8::from(failed))
+}
