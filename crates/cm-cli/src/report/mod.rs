@@ -15,6 +15,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use cm_torch::device;
+use cm_train::RunLock;
 use tch::Device;
 
 use crate::args::ReportArgs;
@@ -50,6 +51,7 @@ pub fn report(args: &ReportArgs) -> Outcome {
     }
     let device = session::device(&args.device).or_usage()?;
     let plan = Plan::new(args, format!("{device:?}")).or_usage()?;
+    let _lock = RunLock::take(&args.out).or_usage()?;
     begin(&plan.settings, &args.out).or_usage()?;
     let stop = session::stop_on_signal()?;
     let report = Report { args, plan: &plan, device, stop: &stop };
