@@ -8,6 +8,7 @@ mod inform;
 mod lpips;
 mod model;
 mod ranks;
+mod report;
 mod sample;
 mod search;
 mod solvers;

@@ -89,6 +89,15 @@ All arguments go to `cm demo`; `cargo xtask cm demo --help` lists them.")]
 All arguments go to `cm gallery`; `cargo xtask cm gallery --help` lists them.")]
     Gallery(Rest),
 
+    /// Make the paper's comparisons on a data set: train, measure, judge the claims, draw
+    #[command(after_help = "Examples:
+  cargo xtask report --quick          20 minutes on two cores; into out/report
+  cargo xtask report                  three seeds of every trial: hours
+  cargo xtask report --publish        also into docs/
+
+All arguments go to `cm report`; `cargo xtask cm report --help` lists them.")]
+    Report(Rest),
+
     /// Train on CIFAR-10 with the settings of the paper
     #[command(name = "train-cifar10")]
     #[command(after_help = "Examples:
@@ -142,7 +151,7 @@ All arguments go to `cm fetch`; `cargo xtask cm fetch --help` lists them.")]
     /// Check the crate graph and the sources against the rules of docs/architecture.md
     Tidy,
 
-    /// Run what CI runs: setup, formatting, tidy, clippy, docs, tests, golden numbers, a short demo, a project outside
+    /// Run what CI runs: setup, formatting, tidy, clippy, docs, tests, golden numbers, a short demo and report, a project outside
     #[command(after_help = "Examples:
   cargo xtask ci
   cargo xtask ci --golden DIR         where the full set of golden files lies
@@ -211,6 +220,7 @@ pub fn run(cli: Cli) -> Result<u8> {
         Command::Golden(rest) => runner::program("cm-golden", &[], golden_arguments(rest.args)),
         Command::Demo(rest) => runner::program("cm", &["demo"], rest.args),
         Command::Gallery(rest) => runner::program("cm", &["gallery"], rest.args),
+        Command::Report(rest) => runner::program("cm", &["report"], rest.args),
         Command::TrainCifar10(rest) => runner::program("cm", &["train-cifar10"], rest.args),
         Command::TrainTeacher(rest) => runner::program("cm", &["train-teacher"], rest.args),
         Command::Distill(rest) => runner::program("cm", &["distill"], rest.args),

@@ -64,16 +64,27 @@ fn one_line(error: &anyhow::Error) -> String {
         }
         line.push_str(&text);
     }
-    line
+    visible(line)
+}
+
+/// Names out of files and arguments must not move the cursor of the terminal that shows them.
+fn visible(line: String) -> String {
+    if !line.contains(char::is_control) {
+        return line;
+    }
+    let shown = |c: char| if c.is_control() { c.escape_debug().to_string() } else { c.to_string() };
+    line.chars().map(shown).collect()
 }
 
 impl<E: Into<anyhow::Error>> From<E> for Failure {
     fn from(error: E) -> Self {
         let error = error.into();
         match error.downcast_ref::<cm_train::Error>() {
-            Some(cm_train::Error::Diverged { .. } | cm_train::Error::NonFinite { .. }) => {
-                Failure::Diverged(error)
-            }
+            Some(
+                cm_train::Error::Diverged { .. }
+                | cm_train::Error::NonFinite { .. }
+                | cm_train::Error::Spoilt { .. },
+            ) => Failure::Diverged(error),
             _ => Failure::Run(error),
         }
     }
@@ -113,5 +124,6 @@ mod tests {
         let inner: anyhow::Result<()> = Err(anyhow::anyhow!("b\nc"));
         let error = inner.context("a: b c").context("top").unwrap_err();
         assert_eq!(one_line(&error), "top: a: b c");
+        assert_eq!(one_line(&anyhow::anyhow!("it's \x1b[2J\r")), "it's \\u{1b}[2J\\r");
     }
 }

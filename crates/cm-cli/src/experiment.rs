@@ -6,7 +6,8 @@ use anyhow::{Context, Result, bail};
 use cm_data::{AugmentSpec, SourceSpec};
 use cm_model::Compute;
 use cm_net::{ModelSpec, NetSpec, PrecondSpec, Role};
-use cm_train::{Levels, Method, RunSpec, TrainSpec};
+use cm_schedule::NumScales;
+use cm_train::{Levels, Method, PairRule, RunSpec, TrainSpec};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
@@ -149,6 +150,17 @@ impl Experiment {
         toml::to_string(self).context("writing the experiment as TOML")
     }
 
+    /// Sets the length of the run. Schedules scale with it by themselves, but for the stages of progressive distillation.
+    pub fn set_steps(&mut self, steps: u64) {
+        self.train.total_steps = steps;
+        if let PairRule::Steps { num_scales: NumScales::ProgDist { start, steps_per_stage }, .. } =
+            &mut self.train.pairs
+        {
+            // All stages but the last two are of one length, and these two of twice that.
+            *steps_per_stage = (steps / u64::from(start.ilog2() + 3)).max(1);
+        }
+    }
+
     /// Points the data at `path`, where the data comes from a path.
     pub fn set_data(&mut self, path: &Path) {
         self.data.path = Some(path.to_owned());
@@ -167,7 +179,10 @@ impl Experiment {
             );
         }
         // Files are decoded when they are drawn: images of a wrong size are better found before a network is built.
-        data.get(0)?;
+        match data.get(0) {
+            Err(cm_data::Error::Corrupt { .. }) if self.data.max_corrupt > 0 => {}
+            first => drop(first?),
+        }
         let (classes, known) = (self.network.num_classes(), data.num_classes() as i64);
         if classes > 0 && known == 0 {
             bail!("{}: the images have no labels, and the network has {classes} classes", data.source());

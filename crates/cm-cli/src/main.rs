@@ -9,12 +9,15 @@ mod config;
 mod demo;
 mod exit;
 mod experiment;
+#[cfg(test)]
+mod hostile;
 mod lpips;
 mod net;
 mod pictures;
 #[cfg(test)]
 mod published;
 mod ranks;
+mod report;
 mod runs;
 mod sources;
 mod ui;
@@ -52,6 +55,7 @@ fn run(command: &Command) -> exit::Outcome {
         Command::Gallery(args) => commands::gallery::gallery(args),
         Command::Eval(args) => commands::eval::eval(args),
         Command::Demo(args) => demo::demo(args),
+        Command::Report(args) => report::report(args),
         Command::Data(command) => commands::data::data(command),
         Command::Fetch(command) => commands::fetch::fetch(command),
         Command::Model(command) => commands::model::model(command),

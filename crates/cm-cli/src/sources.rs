@@ -88,8 +88,7 @@ impl Start {
         let teacher = experiment.teacher.as_ref().map(|source| read("teacher", source)).transpose()?;
         let init = experiment.init.as_ref().filter(|_| !goes_on);
         let init = init.map(|source| read("init", source)).transpose()?;
-        let needs_teacher = matches!(method, Method::Distillation(_) | Method::Progressive { .. });
-        if needs_teacher && teacher.is_none() {
+        if method.is_distilled() && teacher.is_none() {
             bail!(
                 "{}: this experiment distils a diffusion model: name it with --teacher FILE, as in \
                  cargo xtask distill --teacher edm.pt",

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
+use tch::Device;
 
 static QUIET: AtomicBool = AtomicBool::new(false);
 
@@ -84,6 +85,16 @@ impl Bar {
     /// Ends the bar and leaves nothing of it behind.
     pub fn finish(self) {
         self.bar.finish_and_clear();
+    }
+}
+
+/// The device in words, with the processor's name where the system tells it.
+pub fn device_name(device: Device) -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    match (device, model) {
+        (Device::Cpu, Some((_, name))) => format!("CPU ({})", name.trim()),
+        _ => format!("{device:?}"),
     }
 }
 

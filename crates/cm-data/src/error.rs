@@ -96,12 +96,22 @@ pub enum Error {
         limit: u64,
     },
     /// An image, or a member of an archive, does not decode.
-    #[error("{file}: cannot decode: {cause}; replace the file or take it out of the set")]
+    #[error("{file}: cannot decode: {cause}; replace or remove the file")]
     Corrupt {
         /// The image file, and the archive around it.
         file: String,
         /// The decoder's reason, in one line.
         cause: String,
+    },
+    /// More images do not decode than may be passed over.
+    #[error("{last}; {count} images do not decode, and data.max_corrupt = {most} are passed over")]
+    TooManyCorrupt {
+        /// What is wrong with the last of them.
+        last: String,
+        /// How many there are so far.
+        count: usize,
+        /// How many may be passed over.
+        most: usize,
     },
     /// A label lies outside the classes.
     #[error("{file}: image {index}: label {value} is outside 0..={}", u64::from(*classes).saturating_sub(1))]
@@ -148,12 +158,25 @@ pub enum Error {
         reason: String,
     },
     /// A member of an archive has a name that leads out of the archive.
-    #[error("{}: refusing member {name:?}: names must be relative and without `..`", archive.display())]
+    #[error(
+        "{}: refusing member {name:?}: names must be relative, without `..` and without control characters",
+        archive.display()
+    )]
     UnsafeName {
         /// The archive.
         archive: PathBuf,
         /// The member.
         name: String,
+    },
+    /// A member of an archive is not a plain file: a link would name bytes elsewhere.
+    #[error("{}: refusing member {name:?}: it is a {what}, expected a plain file", archive.display())]
+    UnsafeMember {
+        /// The archive.
+        archive: PathBuf,
+        /// The member.
+        name: String,
+        /// What it is.
+        what: &'static str,
     },
     /// An index or a buffer that does not fit the set: a fault of the calling program.
     #[error("{what}: expected {expected}, got {got}")]
@@ -243,6 +266,7 @@ impl Error {
 /// Joins the lines of a foreign message and cuts it to a length that a terminal shows.
 pub(crate) fn one_line(text: &str) -> String {
     let joined = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let joined = if joined.contains(char::is_control) { joined.escape_debug().to_string() } else { joined };
     match joined.char_indices().nth(300) {
         Some((end, _)) => format!("{}…", &joined[..end]),
         None => joined,

@@ -28,6 +28,7 @@
 
 pub mod augment;
 pub mod batch;
+mod corrupt;
 pub mod dataset;
 pub mod digest;
 pub mod download;
@@ -37,6 +38,7 @@ pub mod grid;
 pub mod inspect;
 pub mod limits;
 pub mod loader;
+mod names;
 pub mod order;
 pub mod pixels;
 pub mod resize;
@@ -47,7 +49,7 @@ pub use augment::{Augment, AugmentSpec};
 pub use dataset::{Dataset, Labels, MemorySet, Sample, Shape, Subset};
 pub use error::{Error, Result};
 pub use formats::labels::LabelRule;
-pub use formats::{arrays, cifar, idx, npz};
+pub use formats::{arrays, cifar, idx, npz, shards};
 pub use grid::{GridStyle, contact_sheet};
 pub use inspect::{InspectOptions, Inspection, Report, inspect};
 pub use loader::{Batch, Batches, Loader, LoaderSpec};

@@ -22,6 +22,9 @@ pub const MAX_JSON: u64 = 1 << 29;
 pub const MAX_RESIDENT: u64 = 1 << 36;
 /// Most classes of a labelled set.
 pub const MAX_CLASSES: u32 = 1 << 20;
+/// Most pixels that a byte of an encoded image can stand for in every form but WebP: a PNG of one bit a pixel comes out
+/// of deflate, and the others make less of a byte. A WebP of one colour has no such bound.
+pub const PIXELS_A_BYTE: u64 = 8 * DEFLATE_RATIO;
 /// The most that deflate can expand its input: a 258-byte match from 2 bits (RFC 1951), that is 1032 to 1.
 pub const DEFLATE_RATIO: u64 = 1032;
 

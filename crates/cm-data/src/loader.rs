@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 
 use rayon::prelude::*;
 
+use crate::corrupt::Corrupt;
 use crate::dataset::{Dataset, Shape};
 use crate::error::{Error, Result};
 use crate::order::{Draw, Order};
@@ -25,12 +26,14 @@ pub struct LoaderSpec {
     pub workers: usize,
     /// Finished batches that a stream holds ready, at least 1.
     pub prefetch: usize,
+    /// So many images that do not decode are passed over, each for the next one that does; see [`Loader::corrupt`].
+    pub max_corrupt: usize,
 }
 
 impl LoaderSpec {
     /// A spec with as many workers as there are cores and two batches held ready.
     pub const fn new(batch: usize, seed: u64, flip: bool) -> Self {
-        Self { batch, seed, flip, workers: 0, prefetch: 2 }
+        Self { batch, seed, flip, workers: 0, prefetch: 2, max_corrupt: 0 }
     }
 }
 
@@ -70,37 +73,31 @@ impl Batch {
             .into_iter()
             .map(|index| Draw { id: index.into(), epoch: 0, index, flip: false })
             .collect();
-        fill(set, &draws, !set.is_resident())
+        fill(set, &draws, &Corrupt::default(), !set.is_resident())
     }
 }
 
 /// Reads draws; in parallel on the current rayon pool where that pays.
-fn fill(set: &dyn Dataset, draws: &[Draw], parallel: bool) -> Result<Batch> {
+fn fill(set: &dyn Dataset, draws: &[Draw], corrupt: &Corrupt, parallel: bool) -> Result<Batch> {
     let shape = set.shape();
     let values = shape.values();
     let mut pixels = vec![0; draws.len() * values];
-    let read = |(out, draw): (&mut [u8], &Draw)| -> Result<()> {
-        set.read(draw.index as usize, out)?;
+    let read = |(out, draw): (&mut [u8], &Draw)| -> Result<u32> {
+        let index = corrupt.read(set, draw.index, out)?;
         if draw.flip {
             flip_rows(out, shape.width);
         }
-        Ok(())
+        Ok(index)
     };
-    if parallel {
-        let results: Vec<Result<()>> = pixels.par_chunks_exact_mut(values).zip(draws).map(read).collect();
+    let indices: Vec<u32> = if parallel {
+        let results: Vec<Result<u32>> = pixels.par_chunks_exact_mut(values).zip(draws).map(read).collect();
         // The first in the batch rather than the first in time, so that a fault reads the same on every run.
-        results.into_iter().collect::<Result<()>>()?;
+        results.into_iter().collect::<Result<_>>()?
     } else {
-        pixels.chunks_exact_mut(values).zip(draws).try_for_each(read)?;
-    }
-    let labels = set.labels().map(|all| draws.iter().map(|d| all[d.index as usize]).collect());
-    Ok(Batch {
-        shape,
-        pixels,
-        labels,
-        ids: draws.iter().map(|d| d.id).collect(),
-        indices: draws.iter().map(|d| d.index).collect(),
-    })
+        pixels.chunks_exact_mut(values).zip(draws).map(read).collect::<Result<_>>()?
+    };
+    let labels = set.labels().map(|all| indices.iter().map(|&index| all[index as usize]).collect());
+    Ok(Batch { shape, pixels, labels, ids: draws.iter().map(|d| d.id).collect(), indices })
 }
 
 /// Batches of a set, each a function of (seed, step) alone: a resumed run needs no state of its loader.
@@ -121,6 +118,7 @@ struct Inner {
     set: Arc<dyn Dataset>,
     spec: LoaderSpec,
     order: Order,
+    corrupt: Corrupt,
     /// None for a set in memory.
     pool: Option<rayon::ThreadPool>,
 }
@@ -148,7 +146,8 @@ impl Loader {
                     .map_err(|e| Error::Worker { step: 0, message: e.to_string() })?,
             ),
         };
-        Ok(Self { inner: Arc::new(Inner { set, spec, order, pool }) })
+        let corrupt = Corrupt::new(spec.max_corrupt);
+        Ok(Self { inner: Arc::new(Inner { set, spec, order, corrupt, pool }) })
     }
 
     /// The set that is read.
@@ -159,6 +158,12 @@ impl Loader {
     /// How it is read.
     pub fn spec(&self) -> &LoaderSpec {
         &self.inner.spec
+    }
+
+    /// The images that were found not to decode since this was last asked, one line for each: the caller should say so
+    /// loudly. There are none where [`LoaderSpec::max_corrupt`] is 0, since the first is an error then.
+    pub fn corrupt(&self) -> Vec<String> {
+        self.inner.corrupt.news()
     }
 
     /// The batch of `step`.
@@ -222,8 +227,8 @@ impl Inner {
         let first = last - batch;
         let draws = self.order.draws(first + rows.start as u64..first + rows.end as u64);
         match &self.pool {
-            None => fill(&*self.set, &draws, false),
-            Some(pool) => pool.install(|| fill(&*self.set, &draws, true)),
+            None => fill(&*self.set, &draws, &self.corrupt, false),
+            Some(pool) => pool.install(|| fill(&*self.set, &draws, &self.corrupt, true)),
         }
     }
 }

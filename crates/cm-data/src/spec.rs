@@ -9,6 +9,7 @@ use crate::dataset::{Dataset, Labels, MemorySet, Shape, Subset};
 use crate::error::{Error, Result};
 use crate::formats::files::{FileOptions, ImageFiles};
 use crate::formats::labels::LabelRule;
+use crate::formats::shards::Shards;
 use crate::formats::{bundled, cifar, idx, npz};
 use crate::limits::{MAX_CLASSES, MAX_SIDE};
 use crate::resize::{Filter, Fit, fit};
@@ -30,6 +31,10 @@ pub enum SourceKind {
     Folder,
     /// A zip of images.
     Zip,
+    /// An LMDB database of images, as LSUN publishes its scenes.
+    Lmdb,
+    /// NumPy arrays of decoded images, read in place: what `cm data pack` makes.
+    Shards,
     /// A NumPy archive or array of images.
     Npz,
 }
@@ -44,6 +49,8 @@ impl SourceKind {
             SourceKind::Idx => "idx",
             SourceKind::Folder => "folder",
             SourceKind::Zip => "zip",
+            SourceKind::Lmdb => "lmdb",
+            SourceKind::Shards => "shards",
             SourceKind::Npz => "npz",
         }
     }
@@ -54,6 +61,11 @@ impl SourceKind {
 
     const fn is_files(self) -> bool {
         matches!(self, SourceKind::Folder | SourceKind::Zip)
+    }
+
+    /// Whether images are decoded when they are drawn.
+    const fn is_decoded(self) -> bool {
+        matches!(self, SourceKind::Folder | SourceKind::Zip | SourceKind::Lmdb)
     }
 }
 
@@ -117,6 +129,9 @@ pub struct SourceSpec {
     /// Where labels come from; `auto` if absent.
     #[serde(default)]
     pub labels: LabelRule,
+    /// So many images that do not decode are passed over, each named in a warning, before the run ends; 0 if absent.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub max_corrupt: usize,
     /// Number of classes, against which every label is checked; found from the data if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub num_classes: Option<u32>,
@@ -126,6 +141,10 @@ pub struct SourceSpec {
     /// Every `holdout`-th image is a test image, for sets whose files are not split.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub holdout: Option<usize>,
+}
+
+fn is_zero(count: &usize) -> bool {
+    *count == 0
 }
 
 impl SourceSpec {
@@ -140,6 +159,7 @@ impl SourceSpec {
             filter: None,
             flip: false,
             labels: LabelRule::default(),
+            max_corrupt: 0,
             num_classes: None,
             split: Split::default(),
             holdout: None,
@@ -190,6 +210,10 @@ impl SourceSpec {
                 k.to_string(),
                 "expected at least 2: every k-th image is held out".into(),
             );
+        }
+        if self.max_corrupt > 0 && !self.kind.is_decoded() {
+            let reason = format!("images of kind = \"{kind}\" are not decoded: remove it");
+            return fault("max_corrupt", self.max_corrupt.to_string(), reason);
         }
         if self.holdout.is_some() && self.kind == SourceKind::Cifar10 {
             return fault(
@@ -245,6 +269,8 @@ impl SourceSpec {
             }
             SourceKind::Npz => self.prepare(npz::read(path, labelled, self.num_classes)?)?,
             SourceKind::Folder | SourceKind::Zip => self.open_files(path)?,
+            SourceKind::Lmdb => Arc::new(ImageFiles::open_lmdb(path, self.file_options())?),
+            SourceKind::Shards => self.open_shards(path, labelled)?,
         };
         if self.num_classes.is_some() && set.labels().is_none() {
             let value = self.num_classes.unwrap_or(0).to_string();
@@ -265,15 +291,36 @@ impl SourceSpec {
                 remedy: format!("set kind = \"{}\"", if is_folder { "folder" } else { "zip" }),
             });
         }
-        let options = FileOptions {
+        Ok(Arc::new(ImageFiles::open(path, self.file_options())?))
+    }
+
+    fn file_options(&self) -> FileOptions {
+        FileOptions {
             resolution: self.resolution,
             channels: self.channels,
             fit: self.fit,
             filter: self.filter.unwrap_or_default(),
             labels: self.labels,
             classes: self.num_classes,
+        }
+    }
+
+    /// Shards hold images as they are to be trained on: what would change each one as it is read is refused.
+    fn open_shards(&self, path: &Path, labelled: bool) -> Result<Arc<dyn Dataset>> {
+        let set = Shards::open(path, labelled, self.num_classes)?;
+        let shape = set.shape();
+        let wanted = self.resolution.filter(|&side| (side, side) != (shape.height, shape.width));
+        let fault = |key, value: String| {
+            let reason = format!("the shards hold images of {shape}: pack them anew with it, or remove it");
+            Err(Error::Spec { key, value, reason })
         };
-        Ok(Arc::new(ImageFiles::open(path, options)?))
+        if let Some(side) = wanted {
+            return fault("resolution", side.to_string());
+        }
+        if let Some(channels) = self.channels.filter(|channels| channels.count() != shape.channels) {
+            return fault("channels", format!("{channels:?}").to_lowercase());
+        }
+        Ok(Arc::new(set))
     }
 
     /// Brings a set in memory to the resolution, colour and labels that are asked for.

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::dataset::Shape;
 use crate::error::{Error, Result};
-use crate::limits::{MAX_ENCODED, MAX_PIXELS, MAX_SIDE, read_file};
+use crate::limits::{MAX_ENCODED, MAX_PIXELS, MAX_SIDE, PIXELS_A_BYTE, read_file};
 
 /// Colour of the images that a set yields.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -143,6 +143,7 @@ pub fn decode(bytes: &[u8], file: &str) -> Result<Plain> {
     let corrupt = |e: &dyn std::fmt::Display| Error::corrupt(file, e);
     let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(|e| corrupt(&e))?;
     let jpeg = reader.format() == Some(image::ImageFormat::Jpeg);
+    let webp = reader.format() == Some(image::ImageFormat::WebP);
     // Sides are checked below, with a message of our own; this bounds what decoders allocate inside.
     let mut limits = Limits::default();
     limits.max_alloc = Some(MAX_PIXELS * 16);
@@ -154,13 +155,10 @@ pub fn decode(bytes: &[u8], file: &str) -> Result<Plain> {
         return Err(Error::TooLarge { file: file.into(), what: "pixels on a side", claimed, limit });
     }
     let pixels = u64::from(width) * u64::from(height);
-    if pixels > MAX_PIXELS {
-        return Err(Error::TooLarge {
-            file: file.into(),
-            what: "pixels",
-            claimed: pixels,
-            limit: MAX_PIXELS,
-        });
+    let held = if webp { u64::MAX } else { (bytes.len() as u64).saturating_mul(PIXELS_A_BYTE) };
+    let limit = held.min(MAX_PIXELS);
+    if pixels > limit {
+        return Err(Error::TooLarge { file: file.into(), what: "pixels", claimed: pixels, limit });
     }
     if pixels == 0 {
         return Err(corrupt(&"an image without pixels"));

@@ -89,9 +89,21 @@ impl Bundle {
             let e = short_to(&e.to_string(), 200);
             problem(format!("not a safetensors file ({e})"))
         })?;
-        let end = header.tensors().values().map(|t| t.data_offsets.1).max().unwrap_or(0) as u64;
-        if total != 8 + length + end {
-            return Err(problem(format!("truncated: {total} bytes, its header says {}", 8 + length + end)));
+        let mut end = 0u64;
+        for (name, info) in header.tensors() {
+            let claimed = claimed_bytes(info).ok_or_else(|| {
+                problem(format!(
+                    "tensor '{}' of shape {:?} is not {:?} bytes long",
+                    short(&name),
+                    info.shape,
+                    info.data_offsets
+                ))
+            })?;
+            end = end.saturating_add(claimed);
+        }
+        if total != (8 + length).saturating_add(end) {
+            let says = (8 + length).saturating_add(end);
+            return Err(problem(format!("truncated: {total} bytes, its header says {says}")));
         }
         let metadata = header.metadata().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect();
         let mut tensors: Vec<_> = header
@@ -112,6 +124,14 @@ impl Bundle {
     pub fn write(&self, path: &Path) -> Result<()> {
         write_tensors(path, self.tensors.iter().map(|(name, t)| (name.as_str(), t)), &self.metadata)
     }
+}
+
+/// The bytes of a tensor, if its shape has as many as its place in the file.
+fn claimed_bytes(info: &safetensors::tensor::TensorInfo) -> Option<u64> {
+    let numel = info.shape.iter().try_fold(1usize, |product, &side| product.checked_mul(side))?;
+    let bytes = numel.checked_mul(info.dtype.bitsize())?.div_ceil(8);
+    let (start, end) = info.data_offsets;
+    (end.checked_sub(start) == Some(bytes)).then_some(bytes as u64)
 }
 
 /// Writes tensors without collecting them into a [`Bundle`] first; see [`Bundle::write`].

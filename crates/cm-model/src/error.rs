@@ -47,7 +47,7 @@ pub enum Error {
         problem: String,
     },
     /// Weights do not fit the network.
-    #[error("weights do not fit the network: {}", .differences.join("; "))]
+    #[error("weights do not fit the network: {}", some(.differences))]
     Weights {
         /// Every difference: missing, unexpected, of another shape or dtype.
         differences: Vec<String>,
@@ -83,6 +83,17 @@ impl Error {
     pub(crate) fn io(path: impl Into<PathBuf>, action: &'static str, source: std::io::Error) -> Self {
         Error::Io { path: path.into(), action, source }
     }
+}
+
+/// Most differences that a message lists: a file may describe a network of thousands of weights and hold none.
+const LISTED: usize = 40;
+
+fn some(differences: &[String]) -> String {
+    let mut text = differences.iter().take(LISTED).map(String::as_str).collect::<Vec<_>>().join("; ");
+    if differences.len() > LISTED {
+        text += &format!("; and {} more", differences.len() - LISTED);
+    }
+    text
 }
 
 /// libtorch's texts carry a C++ backtrace of thousands of characters behind their first line.

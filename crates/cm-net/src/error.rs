@@ -69,7 +69,7 @@ pub enum Error {
         problem: String,
     },
     /// A kind of model that there is not.
-    #[error("kind '{got}': expected {expected}")]
+    #[error("kind '{}': expected {expected}", cm_model::short(.got))]
     Kind {
         /// What came.
         got: String,

@@ -228,10 +228,13 @@ impl ModelFile {
     /// [`Error::NotAModel`] for a description of a network that cannot be; [`Error::Weights`] with every difference
     /// between the file and the network that it describes.
     pub fn backbone(&self, device: Device) -> Result<Box<dyn Backbone + Send>> {
+        let misfit = |source| Error::Weights { path: self.path.clone(), source };
+        // Before any memory is taken: a small file can describe a network that no machine holds.
+        let shapes = built(&self.path, &self.spec.net, ParamsBuilder::shapes())?;
+        shapes.params().check(&self.tensors, Cast::Floats).map_err(misfit)?;
         let net = built(&self.path, &self.spec.net, ParamsBuilder::unset(device))?;
         net.params().set_requires_grad(false);
-        let load = net.params().load(&self.tensors, Cast::Floats);
-        load.map_err(|source| Error::Weights { path: self.path.clone(), source })?;
+        net.params().load(&self.tensors, Cast::Floats).map_err(misfit)?;
         Ok(net)
     }
 

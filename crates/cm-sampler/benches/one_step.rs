@@ -110,6 +110,7 @@ fn one_step_of_64(c: &mut Criterion) {
         1e3 * forward,
         sample / forward
     );
+    assert!(within.min(sample / forward) <= MOST, "sampling costs more than {MOST} times the network");
 }
 
 criterion_group!(benches, one_step_of_64);

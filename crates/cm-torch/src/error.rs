@@ -10,7 +10,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[non_exhaustive]
 pub enum Error {
     /// A device was named that does not exist anywhere.
-    #[error("device '{0}' is not known; expected auto, cpu, cuda or cuda:N")]
+    #[error("device '{}' is not known; expected auto, cpu, cuda or cuda:N", .0.escape_debug())]
     DeviceName(String),
     /// A device was asked for and is not there.
     #[error("device {wanted} is not available: {reason}")]

@@ -3,7 +3,7 @@ use std::fs::{self, File};
 use std::io::{BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 
-use cm_model::files;
+use cm_model::{files, short, short_to};
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result, TrainSpec};
@@ -18,6 +18,8 @@ pub const TARGET_FILE: &str = "target.safetensors";
 pub const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 /// Version of the folder's layout.
 const FORMAT: u32 = 1;
+/// Longest `state.json` that is read, in bytes.
+const MAX_STATE: u64 = 16 << 20;
 
 /// The file of one weight average, such as `ema-0.9999.safetensors`.
 pub fn ema_file(rate: &str) -> String {
@@ -128,6 +130,10 @@ impl Checkpoints {
         let mut broken = Vec::new();
         for step in self.steps()?.into_iter().rev() {
             match Checkpoint::open(&self.path(step)) {
+                Ok(checkpoint) if checkpoint.state.step != step => {
+                    let problem = format!("{STATE_FILE} is of step {}", checkpoint.state.step);
+                    broken.push(Broken { path: checkpoint.path, problem });
+                }
                 Ok(checkpoint) => return Ok((Some(checkpoint), broken)),
                 Err(Error::Checkpoint { path, problem }) => broken.push(Broken { path, problem }),
                 Err(other) => return Err(other),
@@ -269,7 +275,7 @@ impl Checkpoint {
 
     fn read_state(path: &Path) -> Result<State> {
         let problem = |problem: String| Error::checkpoint(path, problem);
-        let text = fs::read(path.join(STATE_FILE)).map_err(|e| problem(format!("{STATE_FILE}: {e}")))?;
+        let text = read_text(&path.join(STATE_FILE)).map_err(|e| problem(format!("{STATE_FILE}: {e}")))?;
         let format = serde_json::from_slice::<serde_json::Value>(&text)
             .map_err(|e| problem(format!("{STATE_FILE}: {e}")))?
             .get("format")
@@ -278,7 +284,14 @@ impl Checkpoint {
             let got = format.map_or_else(|| "none".to_owned(), |f| f.to_string());
             return Err(problem(format!("{STATE_FILE}: this version reads format {FORMAT}, got {got}")));
         }
-        serde_json::from_slice(&text).map_err(|e| problem(format!("{STATE_FILE}: {e}")))
+        let unreadable =
+            |e: serde_json::Error| problem(format!("{STATE_FILE}: {}", short_to(&e.to_string(), 300)));
+        let state: State = serde_json::from_slice(&text).map_err(unreadable)?;
+        let is_plain = |name: &&String| Path::new(name).file_name().is_some_and(|file| file == name.as_str());
+        match state.files.keys().find(|name| !is_plain(name)) {
+            None => Ok(state),
+            Some(name) => Err(problem(format!("{STATE_FILE}: '{}' is no file of this folder", short(name)))),
+        }
     }
 }
 
@@ -292,6 +305,13 @@ fn records(folder: &Path) -> Result<BTreeMap<String, FileRecord>> {
         records.insert(entry.file_name().to_string_lossy().into_owned(), record);
     }
     Ok(records)
+}
+
+/// Reads `state.json`, which has about 100 bytes a file beside the settings.
+fn read_text(path: &Path) -> std::io::Result<Vec<u8>> {
+    let mut text = Vec::new();
+    File::open(path)?.take(MAX_STATE).read_to_end(&mut text)?;
+    Ok(text)
 }
 
 fn measure(path: &Path) -> std::io::Result<FileRecord> {

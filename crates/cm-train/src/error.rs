@@ -54,19 +54,32 @@ pub enum Error {
     NonFinite {
         /// The step that was not taken; the first step of a run is 1.
         step: u64,
-        /// The loss, or the first parameter (by name) whose gradient is not finite.
+        /// What holds the NaN or infinity: an image of the batch, a weight, a gradient, by name; else the loss.
         what: String,
+        /// What to do about it.
+        advice: String,
     },
-    /// A run stopped because of [`Error::NonFinite`].
+    /// A step whose loss and gradients were finite made weights, averages or moments that are not.
+    #[error("after step {step}: {what} is not finite, so this state was not saved")]
+    Spoilt {
+        /// The last step that was taken.
+        step: u64,
+        /// The first tensor that holds a NaN or infinity.
+        what: String,
+        /// What to do about it.
+        advice: String,
+    },
+    /// A run stopped because of [`Error::NonFinite`] or [`Error::Spoilt`].
     #[error(
-        "{source}; {}; a lower train.lr or train.grad_clip may help",
+        "{source}; {}; {}",
         match .checkpoint {
             Some(path) => format!("the last good checkpoint is {}", path.display()),
             None => "no checkpoint had been written yet".to_owned(),
-        }
+        },
+        .source.advice()
     )]
     Diverged {
-        /// Which step and which tensor.
+        /// Which step, which tensor, and what to do.
         source: Box<Error>,
         /// The last checkpoint that was written before it.
         checkpoint: Option<PathBuf>,
@@ -125,6 +138,14 @@ fn net_option(net: LpipsNet) -> String {
 }
 
 impl Error {
+    /// What may keep a run from going on to diverge; empty for other errors.
+    fn advice(&self) -> &str {
+        match self {
+            Error::NonFinite { advice, .. } | Error::Spoilt { advice, .. } => advice,
+            _ => "",
+        }
+    }
+
     pub(crate) fn setting(
         key: &'static str,
         got: impl std::fmt::Display,

@@ -21,6 +21,7 @@
 mod checkpoint;
 mod error;
 mod events;
+mod finite;
 mod logs;
 mod loss;
 mod memory;

@@ -66,6 +66,11 @@ impl Method {
     pub fn trains_denoiser(&self) -> bool {
         matches!(self, Method::Denoising | Method::Progressive { .. })
     }
+
+    /// Whether it begins with a diffusion model that teaches.
+    pub fn is_distilled(&self) -> bool {
+        matches!(self, Method::Distillation(_) | Method::Progressive { .. })
+    }
 }
 
 /// How the noise levels σ > σ′ of a training image are drawn.

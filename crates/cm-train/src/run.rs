@@ -154,8 +154,8 @@ pub fn resume<M: Trainable>(trainer: &mut Trainer<M>, folder: &Path) -> Result<R
 /// more than steps. A rank that is told to stop stops them all.
 ///
 /// # Errors
-/// [`Error::Diverged`] if a loss or gradient is not finite; the last good checkpoint stays. Otherwise the first error
-/// of the source, the network, the disk or the observer.
+/// [`Error::Diverged`] if a loss or gradient is not finite, or if what a step made of the weights is not; the last good
+/// checkpoint stays. Otherwise the first error of the source, the network, the disk or the observer.
 pub fn run<M: Trainable>(
     trainer: &mut Trainer<M>,
     source: &mut dyn BatchSource,
@@ -215,7 +215,7 @@ fn save<M: Trainable>(
     session: &Session<'_>,
     observer: &mut dyn Observer<M>,
 ) -> Result<()> {
-    let folder = trainer.save(checkpoints, session.metadata)?;
+    let folder = trainer.save(checkpoints, session.metadata).map_err(|error| diverged(error, checkpoints))?;
     checkpoints.prune(session.spec.keep())?;
     observer.on_checkpoint(&folder, trainer.steps_done());
     Ok(())
@@ -236,10 +236,10 @@ fn refuse_newer(checkpoints: &Checkpoints, step: u64) -> Result<()> {
     }
 }
 
-/// Adds to a non-finite loss where the run can go on from.
+/// Adds to a number that is not finite where the run can go on from.
 fn diverged(error: Error, checkpoints: &Checkpoints) -> Error {
     match error {
-        Error::NonFinite { .. } => {
+        Error::NonFinite { .. } | Error::Spoilt { .. } => {
             let checkpoint = checkpoints.newest_whole().ok().and_then(|(newest, _)| newest).map(|c| c.path);
             Error::Diverged { source: Box::new(error), checkpoint }
         }

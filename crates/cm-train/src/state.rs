@@ -27,9 +27,11 @@ impl<M: Trainable> Trainer<M> {
     /// `metadata` is asked for each model file, with the number of steps taken.
     ///
     /// # Errors
+    /// [`crate::Error::Spoilt`] if a weight, an average or a moment is not finite: nothing could go on from there.
     /// [`crate::Error::Io`] or [`crate::Error::Model`] with the file that cannot be written; there is then no new
     /// checkpoint.
     pub fn save(&self, checkpoints: &Checkpoints, metadata: &Metadata<'_>) -> Result<PathBuf> {
+        self.check_state()?;
         checkpoints.save(self.steps_done(), self.images_seen(), self.spec(), |folder| {
             self.write_files(folder, metadata)
         })

@@ -5,7 +5,7 @@ use cm_model::{Cond, Denoiser, Mode, NoiseSource, Philox, Site};
 use cm_schedule::rng::Purpose;
 use cm_schedule::{EmaRule, KarrasGrid};
 use cm_torch::dist::ProcessGroup;
-use cm_torch::optim::{self, EmaTarget, Optimizer, StepOptions};
+use cm_torch::optim::{EmaTarget, Optimizer, StepOptions};
 use cm_torch::rng::Rows;
 use tch::{Device, Kind, Tensor};
 
@@ -215,7 +215,7 @@ impl<M: Trainable> Trainer<M> {
         let samples = self.gather(samples)?;
         let mean = |values: &mut dyn Iterator<Item = f64>| values.sum::<f64>() / samples.len() as f64;
         let loss = mean(&mut samples.iter().map(|s| s.0.loss));
-        let grad_norm = self.check_finite(loss)?;
+        let grad_norm = self.check_finite(loss, batch)?;
         // Each stage is a training of its own, to the learning rate and the averages too.
         let span = stage.unwrap_or(0..self.spec.total_steps);
         let (at, length) = (self.step - span.start, span.end - span.start);
@@ -336,34 +336,6 @@ impl<M: Trainable> Trainer<M> {
             (Method::Distillation(_), None, _) => Err(networks::no_teacher()),
             (Method::Progressive { .. }, _, None) => Err(networks::no_target(&self.spec)),
         }
-    }
-
-    /// The norm of the gradient, or which number is not finite.
-    fn check_finite(&self, loss: f64) -> Result<f64> {
-        let not_finite = |what| Err(Error::NonFinite { step: self.step + 1, what });
-        let params = named(&self.weights);
-        if !loss.is_finite() {
-            return not_finite(match self.first_non_finite(&params)? {
-                Some(tensor) => format!("{tensor} is not finite and the loss ({loss})"),
-                None => format!("the loss ({loss})"),
-            });
-        }
-        let norm = self.agree_on_norm(optim::grad_norm(&params)?)?;
-        if norm.is_finite() || self.spec.replace_non_finite.is_some() {
-            return Ok(norm);
-        }
-        not_finite(match optim::first_non_finite_grad(&params)? {
-            Some(name) => format!("the gradient of '{name}'"),
-            None => "the square of the gradient's norm".to_owned(),
-        })
-    }
-
-    /// The first weight, else the first gradient, that is not finite.
-    fn first_non_finite(&self, params: &[(&str, &Tensor)]) -> Result<Option<String>> {
-        if let Some(name) = optim::first_non_finite(params)? {
-            return Ok(Some(format!("weight '{name}'")));
-        }
-        Ok(optim::first_non_finite_grad(params)?.map(|name| format!("the gradient of '{name}'")))
     }
 
     /// Gradients of a step that was not taken must not be added to those of the next.

@@ -6,13 +6,15 @@ mod eval;
 mod gallery;
 mod launch;
 mod model;
+mod report;
 mod sample;
 mod search;
 
 use std::path::PathBuf;
 
-use clap::builder::{OsStringValueParser, TypedValueParser};
+use clap::builder::{OsStringValueParser, RangedU64ValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use cm_model::short;
 use cm_torch::device::DeviceSpec;
 
 pub use demo::{Bar, DEMO_EXAMPLES, DemoArgs, DemoData, DemoRecipe};
@@ -21,6 +23,7 @@ pub use eval::{EVAL_EXAMPLES, EvalArgs, Metric};
 pub use gallery::{GALLERY_EXAMPLES, GalleryArgs};
 pub use launch::{LAUNCH_EXAMPLES, LaunchArgs};
 pub use model::{ExportForm, LPIPS_KINDS, ModelCommand, StoredDtype};
+pub use report::{REPORT_EXAMPLES, ReportArgs, ReportData};
 pub use sample::{SAMPLE_EXAMPLES, SampleArgs, SamplerKind};
 pub use search::{SEARCH_EXAMPLES, ScoreKind, SearchArgs};
 
@@ -73,6 +76,9 @@ pub enum Command {
     /// Train and sample a small model on bundled data, measure it and draw pictures, in minutes on a CPU.
     #[command(after_help = DEMO_EXAMPLES)]
     Demo(DemoArgs),
+    /// Make the paper's comparisons on a data set: train, measure, judge the claims, draw; hours on a CPU.
+    #[command(after_help = REPORT_EXAMPLES)]
+    Report(Box<ReportArgs>),
     /// Look at data sets.
     #[command(subcommand)]
     Data(DataCommand),
@@ -240,12 +246,52 @@ pub enum DataCommand {
         #[arg(long, value_name = "PNG", default_value = "out/contact-sheet.png")]
         sheet: PathBuf,
     },
+    /// Decode a set once and write it as NumPy arrays, which training reads in place (kind = "shards").
+    #[command(after_help = PACK_EXAMPLES)]
+    Pack(PackArgs),
     /// Download CIFAR-10's binary archive; a torn download goes on where it stood.
     Fetch {
         /// Folder for the archive.
         #[arg(long, value_name = "DIR", default_value = "data/cifar10")]
         out: PathBuf,
     },
+}
+
+const PACK_EXAMPLES: &str = "\
+Examples:
+  cm data pack ~/imagenet/train --out data/imagenet64 --resolution 64 --fit center_crop --filter area --labels folder
+  cm data pack ~/lsun/bedroom_train_lmdb --out data/bedroom64 --resolution 64 --fit center_crop
+  cm train --config imagenet64-ct --data data/imagenet64 --set data.kind=shards";
+
+/// Options of `cm data pack`.
+#[derive(Debug, Args)]
+pub struct PackArgs {
+    /// A file or folder of any supported kind.
+    pub path: PathBuf,
+    /// The new folder.
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Side of the square images in pixels [default: that of the first image].
+    #[arg(long, value_name = "PIXELS")]
+    pub resolution: Option<usize>,
+    /// exact, center_crop or stretch: what is done with images of another size.
+    #[arg(long, default_value = "exact")]
+    pub fit: String,
+    /// area, bicubic or lanczos: the kernel for that [default: lanczos].
+    #[arg(long)]
+    pub filter: Option<String>,
+    /// grey or rgb [default: that of the first image].
+    #[arg(long)]
+    pub channels: Option<String>,
+    /// none, auto, dataset_json, prefix or folder: where labels come from.
+    #[arg(long, default_value = "auto")]
+    pub labels: String,
+    /// Images in a file.
+    #[arg(long, default_value = "10000", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    pub per_shard: usize,
+    /// Leave out so many images that do not decode, each named in a warning; one more is an error.
+    #[arg(long, value_name = "N", default_value = "0")]
+    pub max_corrupt: usize,
 }
 
 /// `cm fetch …`.
@@ -310,7 +356,7 @@ impl std::str::FromStr for SeedRange {
     fn from_str(text: &str) -> Result<Self, String> {
         let number = |part: &str| {
             let value: u64 =
-                part.trim().parse().map_err(|_| format!("'{part}' is no seed (0 to 2^56 − 1)"))?;
+                part.trim().parse().map_err(|_| format!("'{}' is no seed (0 to 2^56 − 1)", short(part)))?;
             if value > MAX_SEED { Err(format!("seed {value} is above 2^56 − 1")) } else { Ok(value) }
         };
         let mut seeds = Vec::new();
@@ -320,7 +366,7 @@ impl std::str::FromStr for SeedRange {
                 None => (number(part)?, number(part)?),
             };
             if last < first {
-                return Err(format!("'{part}' runs backwards"));
+                return Err(format!("'{}' runs backwards", short(part)));
             }
             if last - first >= MAX_SEEDS || seeds.len() as u64 + (last - first) >= MAX_SEEDS {
                 return Err(format!("more than {MAX_SEEDS} seeds at once"));

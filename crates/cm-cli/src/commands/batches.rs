@@ -35,8 +35,9 @@ impl Batches {
         rows: Range<usize>,
     ) -> Result<Self> {
         let train = &experiment.train;
+        let loader = LoaderSpec::new(train.batch, train.seed, experiment.data.flip);
         Ok(Self {
-            loader: Loader::new(data, LoaderSpec::new(train.batch, train.seed, experiment.data.flip))?,
+            loader: Loader::new(data, LoaderSpec { max_corrupt: experiment.data.max_corrupt, ..loader })?,
             stream: None,
             total_steps: train.total_steps,
             conditional: experiment.network.num_classes() > 0,
@@ -57,7 +58,12 @@ impl Batches {
             Some((next, stream)) if next == step => stream,
             _ => self.loader.stream_rows(step..self.total_steps.max(step + 1), self.rows.clone()),
         };
-        let batch = stream.next().ok_or("the loader ended early")??;
+        let batch = stream.next().ok_or("the loader ended early")?;
+        // Before an error too, which may be that there are too many of them.
+        for problem in self.loader.corrupt() {
+            eprintln!("WARNING: passed over: {problem}");
+        }
+        let batch = batch?;
         self.stream = Some((step + 1, stream));
         Ok(batch)
     }

@@ -1,15 +1,19 @@
 //! `cm data`: look at data sets, fetch CIFAR-10.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 use cm_data::download::Download;
-use cm_data::{InspectOptions, cifar, inspect};
+use cm_data::shards::{self, Packing};
+use cm_data::{InspectOptions, SourceKind, SourceSpec, cifar, inspect};
+use toml::Table;
 
 use super::fetch::with_progress;
-use crate::args::DataCommand;
+use crate::args::{DataCommand, PackArgs};
 use crate::exit::{OrUsage, Outcome};
 use crate::pictures;
+use crate::ui::Bar;
 
 /// The folder that `train-cifar10` looks in and downloads into where no other is named.
 const CIFAR10_FOLDER: &str = "data/cifar10";
@@ -23,12 +27,53 @@ pub fn data(command: &DataCommand) -> Outcome {
             pictures::save_png(&inspection.sheet, sheet)?;
             println!("contact sheet: {}", sheet.display());
         }
+        DataCommand::Pack(args) => pack(args)?,
         DataCommand::Fetch { out } => {
             let archive = fetch_cifar10(out).or_usage()?;
             println!("{}", archive.display());
         }
     }
     Ok(())
+}
+
+/// Runs `cm data pack`.
+fn pack(args: &PackArgs) -> Outcome {
+    let set = source(args).and_then(|spec| Ok(spec.open()?)).or_usage()?;
+    eprintln!("{}: {} images of {}", set.source(), set.len(), set.shape());
+    let (mut bar, started) = (Bar::new("pack", "images", 0, set.len() as u64), Instant::now());
+    let packing = Packing { per_shard: args.per_shard, max_corrupt: args.max_corrupt };
+    let packed = shards::pack(&*set, &args.out, packing, &mut |done| {
+        let rate = done as f64 / started.elapsed().as_secs_f64().max(1e-9);
+        bar.set(done as u64, format!("{rate:.0} img/s"));
+    });
+    bar.finish();
+    for problem in packed.or_usage()? {
+        eprintln!("WARNING: left out: {problem}");
+    }
+    println!("{}", args.out.display());
+    println!("try: cm train --config CONFIG --data {} --set data.kind=shards", args.out.display());
+    Ok(())
+}
+
+/// The set to be packed, in the words of a config.
+fn source(args: &PackArgs) -> Result<SourceSpec> {
+    let kind = cm_data::inspect::detect(&args.path)?;
+    let mut table = Table::new();
+    let mut set = |key: &str, value: &str| drop(table.insert(key.to_owned(), value.to_owned().into()));
+    set("kind", kind.name());
+    for (key, value) in [("fit", &args.fit), ("labels", &args.labels)] {
+        set(key, value);
+    }
+    for (key, value) in [("filter", &args.filter), ("channels", &args.channels)] {
+        value.iter().for_each(|value| set(key, value));
+    }
+    let mut spec: SourceSpec = serde_path_to_error::deserialize(table).map_err(|error| {
+        anyhow!("--{}: {}", error.path(), error.inner().message().trim_end().replace('\n', " "))
+    })?;
+    let bundled = matches!(kind, SourceKind::Digits | SourceKind::Emoji);
+    spec.path = (!bundled).then(|| args.path.clone());
+    spec.resolution = args.resolution;
+    Ok(spec)
 }
 
 /// The place of CIFAR-10 for a real run: `given`, where it has to be, or the usual folder, into which it is

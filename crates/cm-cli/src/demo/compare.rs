@@ -1,7 +1,5 @@
 //! `--recipe all`: every recipe on the same data, its samples beside the others' with equal seeds.
 
-use std::path::Path;
-
 use anyhow::{Context, Result};
 use tch::Tensor;
 
@@ -17,20 +15,23 @@ use crate::pictures;
 
 /// The picture of all recipes.
 pub const PICTURE: &str = "recipes.png";
-/// The preset that stands for all recipes in docs/results.md.
-const PRESET: &str = "digits-recipes";
+
+/// What stands for all recipes in docs/results.md.
+fn block_of(args: &DemoArgs) -> String {
+    format!("{}-recipes", args.data.name())
+}
 
 /// Runs every recipe into a folder of its own below `--out`.
 pub fn all(args: &DemoArgs) -> Outcome {
     let plans = ALL.iter().map(|&recipe| Ok((recipe, Plan::of(args.data, recipe)?)));
     let plans = plans.collect::<Result<Vec<_>>>().or_usage()?;
     if args.publish || args.publish_only {
-        for preset in plans.iter().map(|(_, plan)| plan.preset).chain([PRESET]) {
+        for preset in plans.iter().map(|(_, plan)| plan.preset).chain([block_of(args).as_str()]) {
             publish::check(preset).or_usage()?;
         }
     }
     if args.publish_only {
-        return publish_all(&plans, &args.out).or_usage();
+        return publish_all(&plans, args).or_usage();
     }
     let stop = session::stop_on_signal()?;
     let mut columns = vec![("real".to_owned(), real(args, &plans)?)];
@@ -53,7 +54,7 @@ pub fn all(args: &DemoArgs) -> Outcome {
     }
     judge(args, &summaries)?;
     match args.publish {
-        true => Ok(publish_all(&plans, &args.out)?),
+        true => Ok(publish_all(&plans, args)?),
         false => Ok(()),
     }
 }
@@ -75,7 +76,8 @@ fn judge(args: &DemoArgs, summaries: &[(&str, Summary)]) -> Outcome {
 }
 
 /// Publishes each recipe's block, and the picture of all with a table.
-fn publish_all(plans: &[(DemoRecipe, Plan)], out: &Path) -> Result<()> {
+fn publish_all(plans: &[(DemoRecipe, Plan)], args: &DemoArgs) -> Result<()> {
+    let out = &args.out;
     let mut rows = String::from("| | confident | near data | class entropy | nearest | steps |\n");
     rows += "| --- | --- | --- | --- | --- | --- |\n";
     for (recipe, plan) in plans {
@@ -86,5 +88,9 @@ fn publish_all(plans: &[(DemoRecipe, Plan)], out: &Path) -> Result<()> {
         let cells: Vec<String> = summary.line().split_whitespace().map(str::to_owned).collect();
         rows += &format!("| {} | {} |\n", recipe.name().to_uppercase(), cells.join(" | "));
     }
-    publish::publish_block(PRESET, &rows, &[(out.join(PICTURE), "recipes", "All recipes, equal seeds")])
+    publish::publish_block(
+        &block_of(args),
+        &rows,
+        &[(out.join(PICTURE), "recipes", "All recipes, equal seeds")],
+    )
 }

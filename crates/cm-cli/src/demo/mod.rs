@@ -15,10 +15,9 @@ use anyhow::{Context, Result, bail};
 use cm_eval::Yardstick;
 use cm_model::{NoiseSource, Philox, Site};
 use cm_sampler::{Request, Times, multistep};
-use cm_schedule::NumScales;
 use cm_schedule::rng::Purpose;
 use cm_torch::device;
-use cm_train::{Batch, Checkpoints, Ending, PROGRESS_FILE, PairRule, Trainable, Trainer};
+use cm_train::{Batch, Checkpoints, Ending, PROGRESS_FILE, Trainable, Trainer};
 use tch::{Device, Tensor};
 
 use crate::args::{DemoArgs, DemoData, DemoRecipe};
@@ -172,7 +171,7 @@ fn one(
     let summary = Summary {
         preset: plan.preset.to_owned(),
         seed: args.seed,
-        device: device_name(device),
+        device: crate::ui::device_name(device),
         threads: device::threads(),
         parameters: trainer.student().params().num_parameters(),
         speed: Speed::new(&experiment, trainer.steps_done(), train_seconds, seconds),
@@ -186,16 +185,6 @@ fn one(
     copy_model(&run_folder, &out.join("model.safetensors"))?;
     summary.write(&out.join(SUMMARY_FILE))?;
     Ok((summary, one))
-}
-
-/// The device in words, with the processor's name where the system tells it.
-fn device_name(device: Device) -> String {
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
-    match (device, model) {
-        (Device::Cpu, Some((_, name))) => format!("CPU ({})", name.trim()),
-        _ => format!("{device:?}"),
-    }
 }
 
 trait OrRun {
@@ -240,17 +229,12 @@ fn fit_to_time(
             "a step takes {per_step:.2} s here, and {seconds:.0} s are left for training: give more --seconds"
         );
     }
-    let train = &mut experiment.train;
-    train.total_steps = if stretch { fitting as u64 } else { train.total_steps.min(fitting as u64) };
-    if let PairRule::Steps { num_scales: NumScales::ProgDist { start, steps_per_stage }, .. } =
-        &mut train.pairs
-    {
-        // All stages but the last two are of one length, and these two of twice that.
-        *steps_per_stage = (train.total_steps / u64::from(start.ilog2() + 3)).max(1);
-    }
-    experiment.run.sample_every = train.total_steps.div_ceil(SNAPSHOTS);
-    experiment.run.checkpoint_every = train.total_steps.div_ceil(4);
-    experiment.run.log_every = (train.total_steps / 100).max(1);
+    let total = experiment.train.total_steps;
+    experiment.set_steps(if stretch { fitting as u64 } else { total.min(fitting as u64) });
+    let total = experiment.train.total_steps;
+    experiment.run.sample_every = total.div_ceil(SNAPSHOTS);
+    experiment.run.checkpoint_every = total.div_ceil(4);
+    experiment.run.log_every = (total / 100).max(1);
     Ok(())
 }
 
@@ -360,8 +344,8 @@ fn loss_chart(run_folder: &Path) -> Result<Chart> {
     Ok(Chart {
         title: "training loss".into(),
         x_label: "step".into(),
-        log_y: false,
-        series: vec![Series { name: "loss".into(), points }],
+        series: vec![Series::new("loss", points)],
+        ..Chart::default()
     })
 }
 

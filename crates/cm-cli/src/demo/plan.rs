@@ -34,30 +34,32 @@ impl Plan {
             (DemoData::Digits, DemoRecipe::Pd) => ("digits-pd", Some("digits-edm")),
             (DemoData::Emoji, DemoRecipe::Ect) => ("emoji-ect", None),
             (DemoData::Emoji, DemoRecipe::Ict) => ("emoji-ict", None),
+            (DemoData::Emoji, DemoRecipe::Ct) => ("emoji-ct", None),
             (DemoData::Emoji, DemoRecipe::Cd) => ("emoji-cd", Some("emoji-edm")),
+            (DemoData::Emoji, DemoRecipe::Pd) => ("emoji-pd", Some("emoji-edm")),
             (DemoData::Fashion, DemoRecipe::Ect) => ("fashion-ect", None),
             (DemoData::Fashion, DemoRecipe::Ict) => ("fashion-ict", None),
+            (DemoData::Fashion, DemoRecipe::Ct) => ("fashion-ct", None),
             (DemoData::Fashion, DemoRecipe::Cd) => ("fashion-cd", Some("fashion-edm")),
-            (DemoData::Emoji | DemoData::Fashion, _) => bail!(
-                "--data {}: its demo knows --recipe ect, ict and cd; the others take digits",
-                data.name()
-            ),
+            (DemoData::Fashion, DemoRecipe::Pd) => ("fashion-pd", Some("fashion-edm")),
             (_, DemoRecipe::All) => bail!("--recipe all is several recipes"),
         };
+        // A progressively distilled student has the steps that it was distilled to.
+        let second = |sigma: f64| (recipe != DemoRecipe::Pd).then_some(sigma);
         let digits = Self {
             preset,
             teacher,
             seconds: 220.0,
-            second_sigma: (recipe != DemoRecipe::Pd).then_some(0.5),
+            second_sigma: second(0.5),
             measured: 1000,
             grid: (16, 160),
         };
         Ok(match data {
             DemoData::Digits => digits,
             DemoData::Emoji => {
-                Self { seconds: 1500.0, second_sigma: Some(0.8), measured: 500, grid: (12, 96), ..digits }
+                Self { seconds: 1500.0, second_sigma: second(0.8), measured: 500, grid: (12, 96), ..digits }
             }
-            DemoData::Fashion => Self { seconds: 1500.0, second_sigma: Some(0.8), ..digits },
+            DemoData::Fashion => Self { seconds: 1500.0, second_sigma: second(0.8), ..digits },
         })
     }
 }

@@ -13,7 +13,7 @@ use std::io::{BufReader, Read};
 use std::path::{Component, Path, PathBuf};
 
 use crate::dataset::{Labels, MemorySet, Shape};
-use crate::error::{Error, Result, listing};
+use crate::error::{Error, Result, listing, one_line};
 use crate::limits::{Bounded, gunzip, read_file};
 use crate::spec::Split;
 
@@ -184,8 +184,14 @@ fn read_archive<'a>(path: &Path, wanted: &[&'a str]) -> Result<Batches<'a>> {
         let Some(&wanted) = wanted.iter().find(|w| inside.file_name().is_some_and(|n| n == **w)) else {
             continue;
         };
+        let kind = entry.header().entry_type();
+        if !kind.is_file() {
+            let what = if kind.is_symlink() || kind.is_hard_link() { "link" } else { "folder or device" };
+            let name = inside.display().to_string();
+            return Err(Error::UnsafeMember { archive: path.into(), name, what });
+        }
         let claimed = entry.size();
-        let file = format!("{name}: {}", inside.display());
+        let file = format!("{name}: {}", one_line(&inside.display().to_string()));
         if claimed > MAX_BATCH {
             return Err(Error::TooLarge { file, what: "bytes of records", claimed, limit: MAX_BATCH });
         }

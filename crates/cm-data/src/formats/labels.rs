@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::dataset::Labels;
 use crate::error::{Error, Result};
 use crate::limits::MAX_CLASSES;
+use crate::names::Names;
 
 /// What decides an image's class.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -53,7 +54,7 @@ pub(crate) fn parse_json(json: &Json<'_>) -> Result<Option<HashMap<String, i64>>
         };
         if label < 0 || label >= MAX_CLASSES.into() {
             return Err(Error::Label {
-                file: format!("{}: {name}", json.file),
+                file: format!("{}: {}", json.file, crate::error::one_line(&name)),
                 index,
                 value: label,
                 classes: MAX_CLASSES,
@@ -69,7 +70,7 @@ pub(crate) fn parse_json(json: &Json<'_>) -> Result<Option<HashMap<String, i64>>
 /// Labels for the images `names` (relative, `/` between folders) of the set at `place`, and the rule that gave them.
 pub(crate) fn resolve(
     rule: LabelRule,
-    names: &[String],
+    names: &Names,
     json: Option<Json<'_>>,
     classes: Option<u32>,
     place: &str,
@@ -97,7 +98,7 @@ pub(crate) fn resolve(
 }
 
 fn from_json(
-    names: &[String],
+    names: &Names,
     file: &str,
     entries: &HashMap<String, i64>,
     classes: Option<u32>,
@@ -106,7 +107,7 @@ fn from_json(
     let mut values = Vec::with_capacity(names.len());
     for (index, name) in names.iter().enumerate() {
         let Some(&value) = entries.get(name) else {
-            return Err(Error::Unlabelled { file: name.clone(), labels_from: file.into() });
+            return Err(Error::Unlabelled { file: name.into(), labels_from: file.into() });
         };
         if value >= limit.into() {
             return Err(Error::Label { file: format!("{file}: {name}"), index, value, classes: limit });
@@ -117,7 +118,7 @@ fn from_json(
 }
 
 fn by_name(
-    names: &[String],
+    names: &Names,
     class_of: fn(&str) -> Option<&str>,
     what: &str,
     rule: LabelRule,
@@ -125,8 +126,8 @@ fn by_name(
     place: &str,
 ) -> Result<(Labels, LabelRule)> {
     let mut found = BTreeSet::new();
-    for name in names {
-        let unlabelled = || Error::Unlabelled { file: name.clone(), labels_from: format!("{place}: {what}") };
+    for name in names.iter() {
+        let unlabelled = || Error::Unlabelled { file: name.into(), labels_from: format!("{place}: {what}") };
         found.insert(class_of(name).ok_or_else(unlabelled)?);
     }
     let limit = classes.unwrap_or(MAX_CLASSES);
@@ -138,7 +139,7 @@ fn by_name(
         });
     }
     let number: BTreeMap<&str, u32> = found.iter().zip(0..).map(|(&name, i)| (name, i)).collect();
-    let values = names.iter().filter_map(|name| class_of(name)).map(|class| number[class]).collect();
+    let values = names.iter().filter_map(class_of).map(|class| number[class]).collect();
     let classes = classes.unwrap_or(found.len() as u32);
     // Classes without an image have no name, so names are given only where all have one.
     let names = (classes as usize == found.len()).then(|| found.iter().map(ToString::to_string).collect());
@@ -156,8 +157,8 @@ fn folder(name: &str) -> Option<&str> {
 }
 
 /// Whether prefixes are classes rather than chance: every name has one, and classes repeat.
-fn looks_prefixed(names: &[String]) -> bool {
-    let classes: Option<BTreeSet<&str>> = names.iter().map(|n| prefix(n)).collect();
+fn looks_prefixed(names: &Names) -> bool {
+    let classes: Option<BTreeSet<&str>> = names.iter().map(prefix).collect();
     classes.is_some_and(|c| c.len() >= 2 && c.len() * 2 <= names.len())
 }
 
@@ -165,8 +166,8 @@ fn looks_prefixed(names: &[String]) -> bool {
 mod tests {
     use super::*;
 
-    fn names(list: &[&str]) -> Vec<String> {
-        list.iter().map(ToString::to_string).collect()
+    fn names(list: &[&str]) -> Names {
+        Names::of(list)
     }
 
     fn json(text: &str) -> Option<Json<'_>> {

@@ -5,7 +5,7 @@ use std::io::Read;
 use std::path::Path;
 
 use crate::error::{Error, Result, listing};
-use crate::formats::{cifar, idx};
+use crate::formats::{cifar, idx, lmdb, shards};
 use crate::limits::open_maybe_gz;
 use crate::spec::SourceKind;
 
@@ -24,6 +24,10 @@ pub fn detect(path: &Path) -> Result<SourceKind> {
             SourceKind::Cifar10
         } else if idx::find(path).is_ok() {
             SourceKind::Idx
+        } else if path.join(lmdb::FILE).is_file() {
+            SourceKind::Lmdb
+        } else if shards::is_folder_of_arrays(path)? {
+            SourceKind::Shards
         } else {
             SourceKind::Folder
         });
@@ -32,7 +36,7 @@ pub fn detect(path: &Path) -> Result<SourceKind> {
         return Err(Error::Missing {
             what: "data",
             path: path.into(),
-            expected: "a folder or zip of images, CIFAR-10's folder or archive, IDX files, npz, or the word digits or emoji".into(),
+            expected: "a folder or zip of images, CIFAR-10's folder or archive, IDX files, LSUN's lmdb, shards, npz, or the word digits or emoji".into(),
             found: listing(path),
             remedy: "check the path".into(),
         });
@@ -46,6 +50,9 @@ fn detect_file(path: &Path) -> Result<SourceKind> {
     file.take(8).read_to_end(&mut start).map_err(Error::io("read", path))?;
     if start.starts_with(b"\x93NUMPY") {
         return Ok(SourceKind::Npz);
+    }
+    if path.extension().is_some_and(|e| e == "mdb") {
+        return Ok(SourceKind::Lmdb);
     }
     if start.starts_with(b"PK") {
         let file = File::open(path).map_err(Error::io("read", path))?;

@@ -9,6 +9,7 @@ use crate::dataset::{Dataset, Shape};
 use crate::error::{Error, Result};
 use crate::formats::files::{FileOptions, ImageFiles};
 use crate::formats::labels::LabelRule;
+use crate::formats::shards::Shards;
 use crate::formats::{bundled, cifar, idx, npz};
 use crate::grid::{GridStyle, grid, sheet_indices};
 use crate::resize::{Filter, Fit, fit};
@@ -72,14 +73,19 @@ pub fn inspect(path: &Path, options: &InspectOptions) -> Result<Inspection> {
             let read = |split| idx::read(path, split, labelled, None).map(|r| r.set);
             Source::Set(Box::new(all_or_train(read, &mut problems)?))
         }
-        SourceKind::Folder | SourceKind::Zip => {
+        SourceKind::Shards => Source::Set(Box::new(Shards::open(path, labelled, None)?)),
+        SourceKind::Folder | SourceKind::Zip | SourceKind::Lmdb => {
             let options = FileOptions {
                 labels: options.labels,
                 resolution: Some(THUMBNAIL),
                 channels: Some(Channels::Rgb),
                 ..FileOptions::default()
             };
-            Source::Files(Box::new(ImageFiles::open(path, options)?))
+            let files = match kind {
+                SourceKind::Lmdb => ImageFiles::open_lmdb(path, options)?,
+                _ => ImageFiles::open(path, options)?,
+            };
+            Source::Files(Box::new(files))
         }
     };
     survey(kind, path, source, options, problems)

@@ -5,6 +5,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use cm_model::schedule::NoiseCond;
+use cm_model::short;
 
 use super::Architecture;
 use crate::spec::{AttnHeads, OpenaiUnetSpec};
@@ -266,7 +267,7 @@ impl<'a> Options<'a> {
             let pair = option.split_once('=').map(|(key, value)| (key.trim(), value.trim()));
             let (key, value) = pair.ok_or_else(|| parsed.bad("key=value, separated by commas"))?;
             if parsed.left.insert(key, value).is_some() {
-                return Err(parsed.bad(&format!("{key} once")));
+                return Err(parsed.bad(&format!("{} once", short(key))));
             }
         }
         Ok(parsed)
@@ -280,7 +281,7 @@ impl<'a> Options<'a> {
     fn finish(self) -> Result<()> {
         match self.left.keys().next() {
             None => Ok(()),
-            Some(key) => Err(self.bad(&format!("no key '{key}' but those of {OWN_KINDS}"))),
+            Some(key) => Err(self.bad(&format!("no key '{}' but those of {OWN_KINDS}", short(key)))),
         }
     }
 

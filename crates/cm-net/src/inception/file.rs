@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use cm_model::{Bundle, Cast, ParamsBuilder, TensorMap};
+use cm_model::{Bundle, Cast, ParamsBuilder, TensorMap, short};
 use serde::{Deserialize, Serialize};
 use tch::Device;
 
@@ -71,7 +71,9 @@ fn check_description(path: &Path, metadata: &BTreeMap<String, String>) -> Result
     match serde_json::from_str::<Description>(json) {
         Ok(Description { format: FORMAT, kind, version }) if kind == KIND && version == VERSION => Ok(()),
         Ok(Description { format, kind, version }) => refuse(format!(
-            "it holds {kind} {version} in format {format}, this version reads {KIND} {VERSION} in format {FORMAT}"
+            "it holds {} {} in format {format}, this version reads {KIND} {VERSION} in format {FORMAT}",
+            short(&kind),
+            short(&version)
         )),
         Err(_) => refuse("it holds something else than Inception's weights".to_owned()),
     }

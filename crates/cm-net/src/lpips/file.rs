@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use cm_model::{Bundle, Cast, LpipsNet, LpipsReading, LpipsSpec, ParamsBuilder, TensorMap};
+use cm_model::{Bundle, Cast, LpipsNet, LpipsReading, LpipsSpec, ParamsBuilder, TensorMap, short};
 use serde::{Deserialize, Serialize};
 use tch::Device;
 
@@ -109,7 +109,9 @@ fn check_description(path: &Path, metadata: &BTreeMap<String, String>, net: Lpip
     let Description { format, kind, net: found, version } = description;
     if (format, kind.as_str(), version.as_str()) != (FORMAT, KIND, VERSION) {
         return refuse(format!(
-            "it holds {kind} {version} in format {format}, this version reads {KIND} {VERSION} in format {FORMAT}"
+            "it holds {} {} in format {format}, this version reads {KIND} {VERSION} in format {FORMAT}",
+            short(&kind),
+            short(&version)
         ));
     }
     if found != net {

@@ -1,6 +1,9 @@
-//! Tests that need several modules: the laws of the losses, steps, checkpoints, stages and runs.
+//! Tests that need several modules: the laws of the losses, steps, checkpoints, stages and runs; and what others
+//! may have written.
 
 mod checkpoints;
+mod finite;
+mod hostile;
 mod laws;
 mod ranks;
 mod recipes;

@@ -134,31 +134,35 @@ const OUTPUTS: [&str; 2] = ["--out", "--subdirs"];
 
 /// `--sample` read as the options of `cm sample`.
 pub fn sampling(model: &str, args: &EvalArgs) -> Result<SampleArgs> {
+    let words = args.sample.as_deref().unwrap_or_default();
+    let given = || words.split_whitespace();
+    if let Some(word) = given().find(|w| OUTPUTS.iter().any(|o| w.starts_with(o))) {
+        bail!("--sample '{words}': {word} changes nothing here, where images are measured and not kept");
+    }
+    let own = [("--seeds", "give --seeds to cm eval"), ("--batch", "give --batch to cm eval")];
+    if let Some((word, instead)) = own.iter().find(|(o, _)| given().any(|w| w.starts_with(o))) {
+        bail!("--sample '{words}': {word} is an option of its own here; {instead}");
+    }
+    let mut sampling = parse_sampling(model, words)?;
+    (sampling.batch, sampling.device) = (args.batch, args.device);
+    Ok(sampling)
+}
+
+/// Options of `cm sample` for a model, as one would type them.
+pub fn parse_sampling(model: &str, words: &str) -> Result<SampleArgs> {
     #[derive(Parser)]
     #[command(name = "--sample", disable_help_flag = true)]
     struct Words {
         #[command(flatten)]
         args: SampleArgs,
     }
-    let words = args.sample.as_deref().unwrap_or_default();
-    let given: Vec<&str> = words.split_whitespace().collect();
-    if let Some(word) = given.iter().find(|w| OUTPUTS.iter().any(|o| w.starts_with(o))) {
-        bail!("--sample '{words}': {word} changes nothing here, where images are measured and not kept");
-    }
-    let own = [("--seeds", "give --seeds to cm eval"), ("--batch", "give --batch to cm eval")];
-    if let Some((word, instead)) = own.iter().find(|(o, _)| given.iter().any(|w| w.starts_with(o))) {
-        bail!("--sample '{words}': {word} is an option of its own here; {instead}");
-    }
-    let parsed = Words::try_parse_from(["--sample", model].into_iter().chain(given));
-    let mut sampling = parsed
-        .map_err(|error| {
-            let text = error.to_string();
-            let first = text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
-            anyhow::anyhow!("--sample '{words}': {first}")
-        })?
-        .args;
-    (sampling.batch, sampling.device) = (args.batch, args.device);
-    Ok(sampling)
+    let parsed = Words::try_parse_from(["--sample", model].into_iter().chain(words.split_whitespace()));
+    let parsed = parsed.map_err(|error| {
+        let text = error.to_string();
+        let first = text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
+        anyhow::anyhow!("--sample '{words}': {first}")
+    })?;
+    Ok(parsed.args)
 }
 
 /// Hands the images of a set or of a model on in batches `[B, C, H, W]` in [-1, 1], as they are once stored as bytes.

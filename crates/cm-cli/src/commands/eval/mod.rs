@@ -1,8 +1,8 @@
 //! `cm eval`: how good images are, beside those that they should look like.
 
 mod cache;
-pub(super) mod input;
-pub(super) mod judge;
+pub mod input;
+pub mod judge;
 mod measure;
 mod report;
 

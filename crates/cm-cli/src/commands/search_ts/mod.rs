@@ -1,6 +1,6 @@
 //! `cm search-ts`: the time points of multistep sampling, by greedy ternary search against a score.
 
-mod log;
+pub mod log;
 mod score;
 
 use std::ffi::OsString;

@@ -1,7 +1,7 @@
 //! `cm train --sweep`: a run for each combination of values, one after the other, and a table of all.
 
-mod plan;
-mod table;
+pub mod plan;
+pub mod table;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -12,7 +12,8 @@ use cm_train::{Checkpoints, Ending};
 use tch::Device;
 
 use self::plan::Plan;
-use self::table::{Figures, JSON_FILE, Row, Status, Table};
+pub use self::table::Figures;
+use self::table::{JSON_FILE, Row, Status, Table};
 use super::session;
 use super::train::{self, Data, Ended, Ready};
 use crate::args::{RunArgs, TrainArgs};

@@ -43,17 +43,17 @@ pub fn plan(sweeps: &[String]) -> Result<Plan> {
             None => axes.push((key, values)),
         }
     }
+    let count = axes.iter().try_fold(1, |n: usize, (_, values)| n.checked_mul(values.len()));
+    match count {
+        Some(count) if count <= MAX_RUNS => {}
+        _ => bail!("--sweep: more than {MAX_RUNS} runs; name fewer values"),
+    }
     for (key, values) in &axes {
         for (i, value) in values.iter().enumerate() {
             if values[..i].iter().any(|other| literal(other) == literal(value)) {
                 bail!("--sweep {key}: the value {value} is there twice");
             }
         }
-    }
-    let count = axes.iter().try_fold(1, |n: usize, (_, values)| n.checked_mul(values.len()));
-    match count {
-        Some(count) if count <= MAX_RUNS => {}
-        _ => bail!("--sweep: more than {MAX_RUNS} runs; name fewer values"),
     }
     Ok(Plan { keys: axes.iter().map(|(key, _)| key.clone()).collect(), runs: product(&axes) })
 }

@@ -1,0 +1,181 @@
+//! The page of a report: `results.md`.
+
+use std::fmt::Write as _;
+
+use super::claims::{Claim, Verdict};
+use super::plan::{Settings, TEACHER};
+use super::plots::Drawn;
+use super::results::{Results, RunResult, Score, Spread};
+
+/// Begins the part of a published page that people write, and that publishing keeps.
+pub const NOTES: &str = "<!-- notes: these lines stay when the report is published again -->";
+/// Ends it.
+pub const END_OF_NOTES: &str = "<!-- end of notes -->";
+
+/// The page; `picture` says where a picture lies, seen from it.
+pub fn page(results: &Results, drawn: &[Drawn], notes: &str, picture: &dyn Fn(&str) -> String) -> String {
+    let settings = &results.settings;
+    let mut text = format!("# Report: {}\n\n", settings.data);
+    text += &head(results);
+    if !notes.is_empty() {
+        text += &format!("\n{NOTES}\n{notes}{END_OF_NOTES}\n");
+    }
+    text += "\n## Claims\n\nEach claim compares Fréchet distances (lower is better). It holds or fails if the means differ \
+             by more than two standard deviations of their difference over the seeds; else it is unresolved.\n\n";
+    text += &claims(&results.claims);
+    text += "\n## Trials\n\n";
+    text += &trials(results);
+    text += "\n## The teacher\n\n";
+    text += &teacher(results);
+    text += "\n## Pictures\n";
+    for (name, what) in drawn {
+        // A title that ends in a full stop reads as a sentence; these do not.
+        let _ = write!(text, "\n{what}:\n\n![{what}]({})\n", picture(name));
+    }
+    text
+}
+
+fn head(results: &Results) -> String {
+    let settings = &results.settings;
+    let seeds = results.trials().iter().map(|trial| results.of(trial).count()).max().unwrap_or(0);
+    let mut text = format!(
+        "{} on {} ({} threads). One teacher and {} trials, {seeds} {} each; every student has the same network and sees {} \
+         training images, the teacher {}.",
+        results.date,
+        results.device,
+        results.threads,
+        results.trials().len(),
+        if seeds == 1 { "seed" } else { "seeds" },
+        settings.budget,
+        settings.teacher_budget,
+    );
+    if let Some(judge) = &results.judge {
+        let _ = write!(
+            text,
+            " FCD is the Fréchet distance of {} samples to the training images on features of a classifier (by {}, {} images, \
+             {:.1} % right on others): it compares the rows below with one another and with nothing else.",
+            settings.measured,
+            judge.task,
+            judge.train_images,
+            100.0 * judge.accuracy
+        );
+    }
+    let floor = &results.floor;
+    let _ = writeln!(
+        text,
+        " {} held-out real images get {}, precision {:.2} and recall {:.2}.",
+        floor.images,
+        number(floor.fcd),
+        floor.precision,
+        floor.recall
+    );
+    let _ = writeln!(text, "\nTo repeat it: `{}`.", command(settings, seeds, results));
+    for (name, why) in &results.left_out {
+        let _ = writeln!(text, "\nLeft out: {name}: {why}.");
+    }
+    text
+}
+
+/// The command that makes the report.
+fn command(settings: &Settings, seeds: usize, results: &Results) -> String {
+    let all = super::plan::TRIALS.len() - results.left_out.len();
+    let trials = results.trials();
+    let some = if trials.len() == all { String::new() } else { format!(" --trials {}", trials.join(",")) };
+    format!("cargo xtask report --data {} --budget {} --seeds {seeds}{some}", settings.data, settings.budget)
+}
+
+fn claims(claims: &[Claim]) -> String {
+    let mut text = "| claim | | is better than | | verdict |\n| --- | --- | --- | --- | --- |\n".to_owned();
+    for claim in claims {
+        let verdict = match (&claim.verdict, &claim.why) {
+            (Verdict::Unresolved, Some(why)) => format!("unresolved: {why}"),
+            (verdict, _) => format!("**{}**", verdict.name()),
+        };
+        let (better, worse) = (&claim.better, &claim.worse);
+        let _ = writeln!(
+            text,
+            "| {} | {} | {} | {} | {verdict} |",
+            claim.text,
+            spread(Some(better.fcd)),
+            worse.name,
+            spread(Some(worse.fcd))
+        );
+    }
+    text
+}
+
+fn trials(results: &Results) -> String {
+    let mut text =
+        "| trial | what | 1 step | 2 steps | 4 steps | precision | recall | evaluations an image | minutes \
+                    | images/s |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
+            .to_owned();
+    for trial in results.trials() {
+        let runs: Vec<&RunResult> = results.of(trial).collect();
+        let [what, evaluations] = runs
+            .first()
+            .map_or_else(Default::default, |run| [run.what.clone(), run.evaluations_per_image.to_string()]);
+        let of = |steps: u64, figure: fn(&Score) -> f64| results.spread(trial, steps, figure);
+        let fcd = |steps: u64| spread(of(steps, |score| score.fcd));
+        let share =
+            |figure: fn(&Score) -> f64| of(1, figure).map_or("–".to_owned(), |s| format!("{:.2}", s.mean));
+        let mean = |of: fn(&RunResult) -> f64| {
+            Spread::of(&runs.iter().map(|run| of(run)).collect::<Vec<_>>()).map_or(0.0, |s| s.mean)
+        };
+        let failed = runs.iter().filter(|run| run.failed.is_some()).count();
+        let note = if failed > 0 { format!(" ({failed} of {} stopped)", runs.len()) } else { String::new() };
+        let _ = writeln!(
+            text,
+            "| {trial} | {what}{note} | {} | {} | {} | {} | {} | {evaluations} | {:.1} | {:.0} |",
+            fcd(1),
+            fcd(2),
+            fcd(4),
+            share(|score| score.precision),
+            share(|score| score.recall),
+            mean(|run| run.minutes),
+            mean(|run| run.images_per_second)
+        );
+    }
+    text
+}
+
+fn teacher(results: &Results) -> String {
+    let Some(run) = results.of(TEACHER).next() else { return "It was not trained.\n".to_owned() };
+    if let Some(why) = &run.failed {
+        return format!("Its training stopped: {why}\n");
+    }
+    let mut text = format!(
+        "{}: {} parameters, {} steps in {:.1} minutes ({:.0} images/s).\n\n",
+        run.what, run.parameters, run.steps, run.minutes, run.images_per_second
+    );
+    text += "| sampler | evaluations | FCD | precision | recall |\n| --- | --- | --- | --- | --- |\n";
+    for score in &run.scores {
+        let _ = writeln!(
+            text,
+            "| `{}` | {} | {} | {:.2} | {:.2} |",
+            score.sampler,
+            score.evaluations,
+            number(score.fcd),
+            score.precision,
+            score.recall
+        );
+    }
+    text
+}
+
+fn spread(spread: Option<Spread>) -> String {
+    match spread {
+        None => "–".to_owned(),
+        Some(Spread { mean, sd: None, .. }) => number(mean),
+        Some(Spread { mean, sd: Some(sd), .. }) => format!("{} ± {}", number(mean), number(sd)),
+    }
+}
+
+/// Three digits that count.
+fn number(value: f64) -> String {
+    match value.abs() {
+        a if a >= 100.0 => format!("{value:.0}"),
+        a if a >= 10.0 => format!("{value:.1}"),
+        a if a >= 1.0 => format!("{value:.2}"),
+        _ => format!("{value:.3}"),
+    }
+}

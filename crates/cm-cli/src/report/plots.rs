@@ -1,0 +1,153 @@
+//! The pictures of a report, in the manner of the paper's figures.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use cm_data::{Batch, LabelRule, SourceSpec, Split};
+use tch::{Device, Tensor};
+
+use super::plan::TEACHER;
+use super::results::{Results, Spread};
+use crate::args::SeedRange;
+use crate::commands::eval::input;
+use crate::commands::sample;
+use crate::pictures::{self, Chart, Series};
+
+/// A picture: file name without its ending, what it shows, and the trials of its curves.
+type Curves = (&'static str, &'static str, &'static [&'static str]);
+
+/// One-step scores against training images.
+const CURVES: [Curves; 4] = [
+    ("metrics", "CD by metric (pseudo-Huber is cd)", &["cd", "cd-l1", "cd-l2", "cd-lpips"]),
+    (
+        "solvers",
+        "CD by solver and N (cd: Heun, N = 18)",
+        &["cd", "cd-euler", "cd-n8", "cd-n8-euler", "cd-n40"],
+    ),
+    ("schedules", "CT by schedule", &["ct", "ct-n18", "ct-live"]),
+    ("recipes", "Recipes", &["cd", "ct", "ict", "ect"]),
+];
+
+/// The trials whose quality is drawn against evaluations, and whose samples are shown.
+const SHOWN: [&str; 5] = ["pd", "cd", "ct", "ict", "ect"];
+/// The teacher's solvers: the option of `cm sample`, and the name in the chart.
+const SOLVERS: [(&str, &str); 3] = [("heun", "EDM Heun"), ("dpmpp2m", "DPM-Solver++"), ("euler", "Euler")];
+/// Seeds of the grids, the same for every model.
+const GRID_SEEDS: u64 = 16;
+
+/// The pictures of samples, with their number of steps.
+pub const SAMPLES: [(&str, &str, u64); 2] = [
+    ("one-step", "Samples in one step, equal seeds (teacher: 35 evaluations)", 1),
+    ("two-step", "Samples in two steps, equal seeds (teacher: 35 evaluations)", 2),
+];
+
+/// A picture that was drawn: its file name without the ending, and what it shows.
+pub type Drawn = (&'static str, &'static str);
+
+/// Draws everything that the results have figures for into the folder `out`.
+pub fn charts(results: &Results, out: &Path) -> Result<Vec<Drawn>> {
+    let mut drawn = Vec::new();
+    for (name, title, trials) in CURVES {
+        let series: Vec<Series> = trials.iter().filter_map(|trial| curve(results, trial)).collect();
+        if series.len() > 1 {
+            let chart = Chart {
+                title: format!("{title}: FCD of one step"),
+                x_label: "training images".into(),
+                log_y: true,
+                dots: true,
+                series,
+                ..Chart::default()
+            };
+            save(&chart, out, name)?;
+            drawn.push((name, title));
+        }
+    }
+    let chart = Chart {
+        title: "FCD against evaluations of the network".into(),
+        x_label: "evaluations".into(),
+        log_x: true,
+        log_y: true,
+        dots: true,
+        series: quality(results),
+    };
+    save(&chart, out, "evaluations")?;
+    drawn.push(("evaluations", "Quality against evaluations"));
+    Ok(drawn)
+}
+
+fn save(chart: &Chart, out: &Path, name: &str) -> Result<()> {
+    pictures::save_png(&chart.draw(), &out.join(format!("{name}.png")))
+}
+
+/// The mean over seeds at each point of a trial's runs.
+fn curve(results: &Results, trial: &str) -> Option<Series> {
+    let runs: Vec<_> = results.of(trial).filter(|run| !run.curve.is_empty()).collect();
+    let first = runs.first()?;
+    let at =
+        |i: usize| Spread::of(&runs.iter().filter_map(|run| Some(run.curve.get(i)?.fcd)).collect::<Vec<_>>());
+    let spreads: Vec<Spread> = (0..first.curve.len()).filter_map(at).collect();
+    let points = first.curve.iter().zip(&spreads).map(|(point, s)| (point.images as f64, s.mean)).collect();
+    Some(Series::new(trial, points).with_spread(spreads.iter().map(|s| s.sd.unwrap_or(0.0)).collect()))
+}
+
+/// Quality against evaluations: the teacher by each solver, and the students.
+fn quality(results: &Results) -> Vec<Series> {
+    let teacher = results.of(TEACHER).next();
+    let of_solver = |(word, name): &(&str, &str)| {
+        let scores = teacher?.scores.iter().filter(|score| score.sampler.contains(word));
+        let mut points: Vec<(f64, f64)> = scores.map(|s| (s.evaluations as f64, s.fcd)).collect();
+        points.sort_by(|a, b| a.0.total_cmp(&b.0));
+        (!points.is_empty()).then(|| Series::new(*name, points))
+    };
+    let of_student = |trial: &&str| {
+        let spread = |steps: u64| Some((steps, results.spread(trial, steps, |score| score.fcd)?));
+        let found: Vec<(u64, Spread)> = [1, 2, 4].into_iter().filter_map(spread).collect();
+        let points: Vec<_> = found.iter().map(|(steps, s)| (*steps as f64, s.mean)).collect();
+        let series = Series::new(*trial, points);
+        let spread = found.iter().map(|(_, s)| s.sd.unwrap_or(0.0)).collect();
+        (!found.is_empty()).then(|| series.with_spread(spread))
+    };
+    SOLVERS.iter().filter_map(of_solver).chain(SHOWN.iter().filter_map(of_student)).collect()
+}
+
+/// Samples of all models with equal seeds, in one step and in two. `model` gives a trial's file and the options of its
+/// sampler for so many steps.
+pub fn samples(
+    results: &Results,
+    data: &SourceSpec,
+    out: &Path,
+    model: &dyn Fn(&str, u64) -> Option<(std::path::PathBuf, String)>,
+) -> Result<Vec<Drawn>> {
+    let trained = |trial: &&&str| results.of(trial).any(|run| run.failed.is_none());
+    let mut drawn = Vec::new();
+    for (name, what, steps) in SAMPLES {
+        let mut columns = vec![("real".to_owned(), real(data)?)];
+        for trial in [TEACHER].iter().chain(SHOWN.iter().filter(trained)) {
+            let Some((file, words)) = model(trial, steps) else { continue };
+            columns.push(((*trial).to_owned(), draw(&file, &words)?));
+        }
+        let picture = pictures::side_by_side(&columns)?;
+        pictures::save_png(&picture, &out.join(format!("{name}.png")))?;
+        drawn.push((name, what));
+    }
+    Ok(drawn)
+}
+
+fn real(data: &SourceSpec) -> Result<Tensor> {
+    let mut spec = data.clone();
+    (spec.split, spec.labels) = (Split::Test, LabelRule::None);
+    let set = spec.open()?;
+    Ok(Batch::gather(&*set, 0..set.len().min(GRID_SEEDS as usize) as u32)?.to_images(Device::Cpu)?)
+}
+
+fn draw(model: &Path, words: &str) -> Result<Tensor> {
+    let name = model.display().to_string();
+    let mut args = input::parse_sampling(&name, words)?;
+    (args.seeds, args.batch) = (SeedRange((0..GRID_SEEDS).collect()), GRID_SEEDS as usize);
+    let mut images = None;
+    sample::each_batch(&args, &mut |batch| {
+        images = Some(batch.to_device(Device::Cpu));
+        Ok(())
+    })?;
+    images.with_context(|| format!("{name}: no samples"))
+}

@@ -1,0 +1,263 @@
+//! One run of a report: trained to its end, measured, and tidied up.
+
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+
+use anyhow::{Context, Result, bail};
+use cm_schedule::NumScales;
+use cm_train::{Checkpoints, Ending, Method, PairRule, TeacherSolver, Trainable};
+use tch::{Device, Tensor};
+
+use super::plan::TEACHER;
+use super::results::{self, Point, RunResult, Score};
+use super::score::{Sampling, Scorer};
+use crate::commands::session::{self, Run, View};
+use crate::commands::sweep::Figures;
+use crate::config::Source;
+use crate::exit::{Failure, OrUsage, Outcome};
+use crate::experiment::Experiment;
+use crate::runs::{CONFIG_FILE, find_model};
+use crate::sources::Start;
+use crate::ui::Bar;
+
+/// A run's figures, in its folder. A run that has them is finished.
+pub const RESULT_FILE: &str = "result.json";
+/// A finished run's weights.
+pub const MODEL_FILE: &str = "model.safetensors";
+
+/// A run that is to be made.
+pub struct Job<'a> {
+    /// The trial, or `teacher`.
+    pub trial: &'a str,
+    /// What it is.
+    pub what: &'a str,
+    /// What is trained.
+    pub experiment: Experiment,
+    /// Where.
+    pub folder: PathBuf,
+    /// The samples that are measured at the end, each with the range of its seeds.
+    pub samplings: Vec<(Sampling, u64)>,
+}
+
+impl Job<'_> {
+    /// The run's figures: those that are there, or new ones.
+    pub fn run(&self, scorer: &Scorer, device: Device, stop: &AtomicBool) -> Outcome<RunResult> {
+        let place = self.folder.join(RESULT_FILE);
+        if let Some(result) = results::read(&place).or_usage()? {
+            self.tidy_up()?;
+            return Ok(result);
+        }
+        self.check_config().or_usage()?;
+        let result = match self.train(device, stop) {
+            Err(Failure::Diverged(error)) => self.result(0, Some(format!("{error:#}")), vec![], vec![])?,
+            Err(other) => return Err(other),
+            Ok(parameters) => {
+                let curve = self.curve(scorer)?;
+                let scores = self.scores(scorer)?;
+                self.result(parameters, None, curve, scores)?
+            }
+        };
+        if result.failed.is_none() {
+            let model = std::fs::read(find_model(&self.folder, None)?)?;
+            let file = self.folder.join(MODEL_FILE);
+            cm_model::files::write_atomic(&file, |file| std::io::Write::write_all(file, &model))?;
+        }
+        results::write(&place, &result)?;
+        self.tidy_up()?;
+        Ok(result)
+    }
+
+    /// Removes the checkpoints of a finished run: those of all runs would fill a disk.
+    fn tidy_up(&self) -> Result<()> {
+        let checkpoints = self.folder.join("checkpoints");
+        match checkpoints.is_dir() {
+            true => std::fs::remove_dir_all(&checkpoints)
+                .with_context(|| format!("removing {}", checkpoints.display())),
+            false => Ok(()),
+        }
+    }
+
+    /// A run that was begun with other settings is not gone on with.
+    fn check_config(&self) -> Result<()> {
+        let config = self.folder.join(CONFIG_FILE);
+        if !config.is_file() {
+            return Ok(());
+        }
+        let portable = |mut experiment: Experiment| {
+            (experiment.teacher, experiment.data.path) = (None, None);
+            experiment
+        };
+        let found = Experiment::read(&Source::file(config.clone())?, &[])?;
+        if portable(found) != portable(self.experiment.clone()) {
+            bail!(
+                "{}: begun with other settings; choose another --out, or remove this run's folder",
+                config.display()
+            );
+        }
+        Ok(())
+    }
+
+    /// Trains to the end, and returns the number of parameters.
+    fn train(&self, device: Device, stop: &AtomicBool) -> Outcome<i64> {
+        let (experiment, folder) = (&self.experiment, self.folder.as_path());
+        std::fs::create_dir_all(folder)
+            .with_context(|| format!("creating {}", folder.display()))
+            .or_usage()?;
+        let goes_on = !Checkpoints::of_run(folder).steps()?.is_empty();
+        let models = Start::read(experiment, goes_on)?;
+        let mut trainer = session::build_trainer(experiment, &models, device)?;
+        if goes_on {
+            let resumed = cm_train::resume(&mut trainer, folder)?;
+            for broken in &resumed.passed_over {
+                eprintln!(
+                    "WARNING: {} is not whole and was passed over: {}",
+                    broken.path.display(),
+                    broken.problem
+                );
+            }
+        }
+        let parameters = trainer.student().params().num_parameters();
+        if trainer.is_finished() {
+            return Ok(parameters);
+        }
+        let data = experiment.data.open().or_usage()?;
+        experiment.check_data(&*data).or_usage()?;
+        // Grids are drawn as training goes; nothing else is wanted of them, nor lines about files.
+        let mut quiet = |_: u64, _: &Tensor| Ok(());
+        let mut view = View::new(experiment, folder, trainer.steps_done()).with_samples(&mut quiet);
+        match (Run { experiment, data, folder, stop }).train(&mut trainer, &mut view)? {
+            Ending::Finished => Ok(parameters),
+            Ending::Stopped => Err(Failure::Interrupted(format!(
+                "{} is saved at step {}; the same command goes on",
+                folder.display(),
+                trainer.steps_done()
+            ))),
+        }
+    }
+
+    fn is_progressive(&self) -> bool {
+        matches!(self.experiment.train.recipe().method(), Method::Progressive { .. })
+    }
+
+    /// The one-step score at each of the checkpoints that the run kept. A progressively distilled student has one step
+    /// at its end alone, and a teacher never.
+    fn curve(&self, scorer: &Scorer) -> Result<Vec<Point>> {
+        if self.is_progressive() || self.trial == TEACHER {
+            return Ok(Vec::new());
+        }
+        let checkpoints = Checkpoints::of_run(&self.folder);
+        let steps = checkpoints.steps()?;
+        let mut bar = Bar::new("score", "points", 0, steps.len() as u64);
+        let mut points = Vec::new();
+        for (i, step) in steps.into_iter().enumerate() {
+            let score = scorer.of_model(&checkpoints.path(step), &one_step(), self.experiment.train.seed)?;
+            points.push(Point { images: step * self.experiment.train.batch as u64, fcd: score.fcd });
+            bar.set(i as u64 + 1, format!("FCD {:.2}", score.fcd));
+        }
+        bar.finish();
+        Ok(points)
+    }
+
+    /// The scores at the end; of a progressively distilled student those at the ends of its last stages.
+    fn scores(&self, scorer: &Scorer) -> Result<Vec<Score>> {
+        let mut bar = Bar::new("score", "samplers", 0, self.samplings.len() as u64);
+        let mut scores = Vec::new();
+        for (i, (sampling, range)) in self.samplings.iter().enumerate() {
+            let model = self.model_of(sampling)?;
+            let score = scorer.of_model(&model, sampling, *range)?;
+            bar.set(i as u64 + 1, format!("FCD {:.2}", score.fcd));
+            scores.push(score);
+        }
+        bar.finish();
+        Ok(scores)
+    }
+
+    fn model_of(&self, sampling: &Sampling) -> Result<PathBuf> {
+        let student = match self.experiment.train.pairs {
+            PairRule::Steps { num_scales: NumScales::ProgDist { start, steps_per_stage }, .. } => {
+                end_of_stage(start, steps_per_stage, sampling.evaluations)
+            }
+            _ => None,
+        };
+        Ok(match student {
+            Some(step) => Checkpoints::of_run(&self.folder).path(step),
+            None => self.folder.clone(),
+        })
+    }
+
+    fn result(
+        &self,
+        parameters: i64,
+        failed: Option<String>,
+        curve: Vec<Point>,
+        scores: Vec<Score>,
+    ) -> Result<RunResult> {
+        let train = &self.experiment.train;
+        let log = Figures::of_run(&self.folder)?;
+        let steps = log.step.unwrap_or(0);
+        Ok(RunResult {
+            trial: self.trial.to_owned(),
+            what: self.what.to_owned(),
+            seed: train.seed,
+            steps,
+            images: steps * train.batch as u64,
+            parameters,
+            evaluations_per_image: evaluations_per_image(&self.experiment),
+            minutes: log.minutes.unwrap_or(0.0),
+            images_per_second: log.images_per_second.unwrap_or(0.0),
+            failed,
+            curve,
+            scores,
+        })
+    }
+}
+
+/// One step of a consistency function.
+pub fn one_step() -> Sampling {
+    Sampling::new("--sampler onestep", 1)
+}
+
+/// The last step of the stage whose student has `wanted` steps; none for the last stage, which the run's end is.
+fn end_of_stage(start: usize, steps_per_stage: u64, wanted: u64) -> Option<u64> {
+    let (mut steps, mut end) = (start as u64, 0);
+    while steps > 1 {
+        end += if steps == 2 { 2 * steps_per_stage } else { steps_per_stage };
+        if steps == wanted {
+            return Some(end);
+        }
+        steps /= 2;
+    }
+    None
+}
+
+/// Evaluations for a training image: the student's, the target's, and the teacher's.
+fn evaluations_per_image(experiment: &Experiment) -> u64 {
+    match experiment.train.recipe().method() {
+        Method::Denoising => 1,
+        Method::Consistency => 2,
+        Method::Distillation(teacher) => {
+            let of_solver = match teacher.solver {
+                TeacherSolver::Euler => 1,
+                TeacherSolver::Heun => 2,
+            };
+            2 + of_solver
+        }
+        Method::Progressive { .. } => 3,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stages_end_where_the_schedule_says() {
+        let schedule = NumScales::ProgDist { start: 16, steps_per_stage: 10 };
+        for wanted in [16, 8, 4, 2] {
+            let end = end_of_stage(16, 10, wanted).unwrap();
+            assert_eq!(schedule.num_scales(end - 1, 70), wanted as usize);
+            assert_eq!(schedule.num_scales(end, 70), wanted as usize / 2);
+        }
+        assert_eq!(end_of_stage(16, 10, 1), None);
+    }
+}

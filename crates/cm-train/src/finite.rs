@@ -1,0 +1,90 @@
+//! What is done about numbers that are not finite: the step is not taken, or the state not saved, and the error says
+//! where the first of them is and what to lower.
+
+use cm_torch::optim;
+use tch::Tensor;
+
+use crate::trainer::named;
+use crate::{Batch, Error, Result, Trainable, Trainer};
+
+impl<M: Trainable> Trainer<M> {
+    /// The norm of the gradient, or which number is not finite.
+    pub(crate) fn check_finite(&self, loss: f64, batch: &Batch) -> Result<f64> {
+        let not_finite = |what, advice| Err(Error::NonFinite { step: self.step + 1, what, advice });
+        let params = named(&self.weights);
+        if !loss.is_finite() {
+            // From the cause to the effect: a NaN in an image is in every gradient too.
+            if let Some(row) = first_non_finite_image(&batch.images)? {
+                let image = self.rows().start as i64 + row;
+                let what = format!("image {image} of the batch is not finite and the loss ({loss})");
+                return not_finite(what, "mend the data".to_owned());
+            }
+            if let Some(name) = optim::first_non_finite(&params)? {
+                let what = format!("weight '{name}' is not finite and the loss ({loss})");
+                return not_finite(what, self.advice());
+            }
+            let what = match optim::first_non_finite_grad(&params)? {
+                Some(name) => format!("the gradient of '{name}' is not finite and the loss ({loss})"),
+                None => format!("the loss ({loss})"),
+            };
+            return not_finite(what, self.advice());
+        }
+        let norm = self.agree_on_norm(optim::grad_norm(&params)?)?;
+        if norm.is_finite() || self.spec().replace_non_finite.is_some() {
+            return Ok(norm);
+        }
+        let what = match optim::first_non_finite_grad(&params)? {
+            Some(name) => format!("the gradient of '{name}'"),
+            None => "the square of the gradient's norm".to_owned(),
+        };
+        not_finite(what, self.advice())
+    }
+
+    /// Whether everything that a checkpoint holds is finite: what is saved is what a run goes on from.
+    pub(crate) fn check_state(&self) -> Result<()> {
+        let spoilt = |what| Err(Error::Spoilt { step: self.step, what, advice: self.advice() });
+        let weights = named(&self.weights);
+        let moments = self.optimizer.export();
+        let moments: Vec<(&str, &Tensor)> =
+            moments.iter().filter(|(_, t)| t.is_floating_point()).map(|(n, t)| (n.as_str(), t)).collect();
+        // One wait for the device tells that all is well; which tensor is not is asked only then.
+        let averages = self.emas.iter().flat_map(|ema| &ema.tensors);
+        let all: Vec<&Tensor> =
+            weights.iter().chain(&moments).map(|(_, tensor)| *tensor).chain(averages).collect();
+        if optim::norm(&all)?.is_finite() {
+            return Ok(());
+        }
+        if let Some(name) = optim::first_non_finite(&weights)? {
+            return spoilt(format!("weight '{name}'"));
+        }
+        for ema in &self.emas {
+            let averages: Vec<(&str, &Tensor)> =
+                weights.iter().map(|(name, _)| *name).zip(&ema.tensors).collect();
+            if let Some(name) = optim::first_non_finite(&averages)? {
+                return spoilt(format!("weight '{name}' of the average {}", ema.name));
+            }
+        }
+        match optim::first_non_finite(&moments)? {
+            Some(name) => spoilt(format!("the optimiser's '{name}'")),
+            None => Ok(()),
+        }
+    }
+
+    /// What to lower.
+    fn advice(&self) -> String {
+        let clip = match self.spec().grad_clip {
+            Some(most) => format!("lower train.grad_clip ({most})"),
+            None => "set train.grad_clip (none is set)".to_owned(),
+        };
+        match self.step {
+            0 => format!("begin with other weights, lower train.lr ({}), or {clip}", self.spec().lr),
+            _ => format!("lower train.lr ({}), or {clip}", self.spec().lr),
+        }
+    }
+}
+
+fn first_non_finite_image(images: &Tensor) -> Result<Option<i64>> {
+    let spoilt = images.f_isfinite()?.f_flatten(1, -1)?.f_all_dim(1, false)?.f_logical_not()?;
+    let first = spoilt.f_nonzero()?;
+    Ok((first.size().first() > Some(&0)).then(|| first.int64_value(&[0, 0])))
+}

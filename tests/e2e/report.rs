@@ -1,0 +1,100 @@
+//! `cm report`: the comparisons as one command, that goes on where it stood.
+
+use cm_tests::{Cm, Sandbox};
+use serde_json::Value;
+
+/// Seven steps a run, the least that there can be.
+const SHORT: &str = "report --smoke --budget 896 --trials pd,cd --device cpu --out out";
+
+fn report(sandbox: &Sandbox, more: &str) -> Cm {
+    sandbox.cm(&format!("{SHORT} {more}"))
+}
+
+fn results(sandbox: &Sandbox) -> Value {
+    serde_json::from_str(&sandbox.read("out/results.json")).unwrap()
+}
+
+/// Everything about a run that is no matter of time.
+fn figures(run: &Value) -> [Value; 5] {
+    ["trial", "seed", "steps", "curve", "scores"].map(|key| run[key].clone())
+}
+
+#[test]
+fn a_killed_report_ends_as_an_undisturbed_one_and_grows() {
+    let sandbox = Sandbox::new();
+    let mut killed = report(&sandbox, "").start();
+    killed.wait_for_step(&sandbox.path("out/runs/cd/seed-0"), 5);
+    killed.signal("KILL");
+    assert_eq!(killed.wait().code, None);
+    let done = report(&sandbox, "").run().ok();
+    assert!(done.stderr.contains("run 1 of 3: teacher seed 0: has finished"), "{}", done.stderr);
+    let disturbed = results(&sandbox);
+    let whole = Sandbox::new();
+    report(&whole, "").run().ok();
+    let runs = |results: &Value| results["runs"].as_array().unwrap().iter().map(figures).collect::<Vec<_>>();
+    assert_eq!(runs(&disturbed), runs(&results(&whole)));
+
+    let names: Vec<_> =
+        disturbed["runs"].as_array().unwrap().iter().map(|run| run["trial"].clone()).collect();
+    assert_eq!(names, ["teacher", "cd", "pd"], "in the order of the table");
+    for run in disturbed["runs"].as_array().unwrap() {
+        assert!(run["scores"].as_array().unwrap().iter().all(|score| score["fcd"].as_f64().unwrap() > 0.0));
+        let of_student = run["trial"] != "teacher";
+        assert_eq!(run["images"], if of_student { 896 } else { 1792 });
+    }
+    let steps = |run: &Value| {
+        run["scores"].as_array().unwrap().iter().map(|s| s["evaluations"].clone()).collect::<Vec<_>>()
+    };
+    assert_eq!(steps(&disturbed["runs"][2]), [1, 2, 4], "the students of three stages");
+    let page = sandbox.read("out/results.md");
+    assert!(
+        page.contains("| CD is better than PD in one step |") && page.contains("fewer than 3 seeds"),
+        "{page}"
+    );
+    assert!(sandbox.path("out/one-step.png").is_file() && sandbox.path("out/evaluations.png").is_file());
+    assert_eq!(sandbox.list("out/runs/cd/seed-0").iter().filter(|name| *name == "checkpoints").count(), 0);
+
+    // More seeds are more runs, and what is there stays.
+    let more = report(&sandbox, "--seeds 2").run().ok();
+    assert_eq!(more.stderr.matches("has finished").count(), 3, "{}", more.stderr);
+    assert_eq!(results(&sandbox)["runs"].as_array().unwrap().len(), 5);
+    sandbox.cm("sample out/runs/pd/seed-0/model.safetensors --seeds 0-3 --device cpu").run().ok();
+
+    publishes(&sandbox);
+    let other = sandbox.cm("report --smoke --budget 1792 --device cpu --out out").run();
+    assert_eq!(other.code, Some(2));
+    assert!(other.stderr.contains("budget 896, now 1792"), "{}", other.stderr);
+}
+
+/// What was found goes into a checkout, and what people wrote there stays.
+fn publishes(sandbox: &Sandbox) {
+    let refused = sandbox.cm("report --publish-only --out out").run();
+    assert!(refused.code == Some(2) && refused.stderr.contains("docs/results.md"), "{}", refused.stderr);
+    sandbox.write("docs/results.md", "");
+    sandbox.cm("report --publish-only --out out").run().ok();
+    let page = sandbox.read("docs/results-digits.md");
+    assert!(page.contains("](pictures/report-digits-one-step.png)"), "{page}");
+    assert!(sandbox.path("docs/pictures/report-digits-one-step.png").is_file());
+    let written = page.replace("<!-- end of notes -->", "Looked at.\n<!-- end of notes -->");
+    sandbox.write("docs/results-digits.md", &written);
+    sandbox.cm("report --publish-only --out out").run().ok();
+    assert_eq!(sandbox.read("docs/results-digits.md"), written);
+}
+
+#[test]
+fn what_cannot_be_is_one_line_before_anything_is_made() {
+    let sandbox = Sandbox::new();
+    for (line, words) in [
+        ("--budget 100", "at least 896"),
+        ("--data fashion", "name the folder"),
+        ("--images x", "bundled"),
+        ("--publish", "root of a checkout"),
+        ("--publish-only", "root of a checkout"),
+        ("--trials cd,cb", "cd-n8-euler"),
+    ] {
+        let done = sandbox.cm(&format!("report --device cpu --out out {line}")).run();
+        assert_eq!(done.code, Some(2), "{line}: {done:#?}");
+        assert!(done.stderr.contains(words), "{line}: {}", done.stderr);
+        assert!(sandbox.list("out").is_empty());
+    }
+}
