@@ -14,7 +14,8 @@ impl<M: Trainable> Trainer<M> {
         let params = named(&self.weights);
         if !loss.is_finite() {
             // From the cause to the effect: a NaN in an image is in every gradient too.
-            if let Some(image) = first_non_finite_image(&batch.images)? {
+            if let Some(row) = first_non_finite_image(&batch.images)? {
+                let image = self.rows().start as i64 + row;
                 let what = format!("image {image} of the batch is not finite and the loss ({loss})");
                 return not_finite(what, "mend the data".to_owned());
             }
