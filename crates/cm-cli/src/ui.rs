@@ -98,6 +98,11 @@ pub fn device_name(device: Device) -> String {
     }
 }
 
+/// The day, as `2026-11-25`: a figure without one says little. Nothing that is computed depends on it.
+pub fn today() -> String {
+    time::OffsetDateTime::now_utc().date().to_string()
+}
+
 /// Seconds as `1:02:03` or `2:03`.
 pub fn clock(seconds: f64) -> String {
     let seconds = seconds.max(0.0).round() as u64;

@@ -8,7 +8,7 @@ use cm_eval::Figures;
 use cm_model::files::write_atomic;
 
 use super::summary::Summary;
-use crate::ui::clock;
+use crate::ui::{clock, today};
 
 const RESULTS: &str = "docs/results.md";
 const PICTURES: &str = "docs/pictures";
@@ -80,7 +80,7 @@ fn block(summary: &Summary) -> Result<String> {
         text,
         "{} on {} ({} threads), seed {}: {} parameters, {} steps in {} ({:.2} steps/s, {:.0} images/s), {} with \
          measuring.\n",
-        time::OffsetDateTime::now_utc().date(),
+        today(),
         summary.device,
         summary.threads,
         summary.seed,

@@ -224,7 +224,7 @@ impl Report<'_> {
     fn results(&self, scorer: &Scorer, runs: Vec<RunResult>) -> Result<Results> {
         let mut results = Results {
             settings: self.plan.settings.clone(),
-            date: time::OffsetDateTime::now_utc().date().to_string(),
+            date: crate::ui::today(),
             device: crate::ui::device_name(self.device),
             threads: device::threads(),
             judge: scorer.judge(),

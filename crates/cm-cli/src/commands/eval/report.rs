@@ -147,7 +147,7 @@ impl Report {
         let summary = names.into_iter().map(spread).collect();
         Self {
             format: FORMAT,
-            date: time::OffsetDateTime::now_utc().date().to_string(),
+            date: crate::ui::today(),
             input,
             reference,
             judges: Vec::new(),
