@@ -3,16 +3,15 @@
 
 pub mod seeds;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::LazyLock;
 
 use cm_data::{Batch, SourceKind, SourceSpec};
 
-/// A folder for this process; in memory where the system has a place for that.
+/// The folder for the files of the target: `CM_FUZZ_FILES`, or one of this process.
 static FOLDER: LazyLock<PathBuf> = LazyLock::new(|| {
-    let memory = Path::new("/dev/shm");
-    let place = if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() };
-    let folder = place.join(format!("cm-fuzz-{}", std::process::id()));
+    let own = || std::env::temp_dir().join(format!("cm-fuzz-{}", std::process::id()));
+    let folder = std::env::var_os("CM_FUZZ_FILES").map_or_else(own, PathBuf::from);
     std::fs::create_dir_all(&folder).expect("a folder for the fuzzer");
     folder
 });

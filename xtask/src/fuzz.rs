@@ -1,7 +1,7 @@
 //! `cargo xtask fuzz`: coverage-guided fuzzing of the parsers in `fuzz/`, by cargo-fuzz and a nightly compiler.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
@@ -46,13 +46,24 @@ pub fn run(args: &FuzzArgs) -> Result<u8> {
             "-timeout=20".to_owned(),
             "-print_final_stats=1".to_owned(),
         ]);
-        let status = status_of(&mut fuzz)?;
+        let files = files_folder(target);
+        let status = status_of(fuzz.env("CM_FUZZ_FILES", &files));
+        // It holds the last input, which is kept elsewhere if it shows something.
+        drop(fs::remove_dir_all(&files));
+        let status = status?;
         if !status.success() {
             eprintln!("error: {target}: the input that shows it is under fuzz/artifacts/{target}");
             return Ok(code_of(status));
         }
     }
     Ok(0)
+}
+
+/// Where a target writes each input: in memory, where the system has a place for that.
+fn files_folder(target: &str) -> PathBuf {
+    let memory = Path::new("/dev/shm");
+    let place = if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() };
+    place.join(format!("cm-fuzz-{}-{target}", std::process::id()))
 }
 
 /// rustup's cargo of the nightly compiler, whichever this program was started by.
