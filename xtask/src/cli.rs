@@ -7,7 +7,7 @@ use anyhow::Result;
 use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand};
 
-use crate::{ci, doctor, exports, runner, setup, tidy, tools, torture};
+use crate::{ci, doctor, exports, fuzz, runner, setup, tidy, tools, torture};
 
 /// Set libtorch up, then build, test, train and sample with it.
 ///
@@ -160,6 +160,15 @@ All arguments go to `cm fetch`; `cargo xtask cm fetch --help` lists them.")]
 A table at the end, and torture.json in the folder; exit code 1 if anything did not hold, and the runs stay then.")]
     Torture(TortureArgs),
 
+    /// Fuzz the parsers of outside bytes, guided by what of their code the bytes reach
+    #[command(after_help = "Examples:
+  cargo xtask fuzz                    every target, a million executions each
+  cargo xtask fuzz torch --runs 10000000
+
+Needs a nightly compiler and cargo-fuzz; what is missing is named with the command that installs it. What is found lies
+under fuzz/artifacts/TARGET, and `cargo +nightly fuzz run TARGET FILE` shows it again.")]
+    Fuzz(FuzzArgs),
+
     /// Run what CI runs: setup, formatting, tidy, clippy, docs, tests, golden numbers, a short demo and report, a tortured run, a project outside
     #[command(after_help = "Examples:
   cargo xtask ci
@@ -219,6 +228,20 @@ pub struct TortureArgs {
     pub out: PathBuf,
 }
 
+/// What is fuzzed, and how long.
+#[derive(Args)]
+pub struct FuzzArgs {
+    /// One target alone
+    #[arg(value_name = "TARGET", value_parser = PossibleValuesParser::new(fuzz::targets()))]
+    pub target: Option<String>,
+    /// Executions of each target
+    #[arg(long, value_name = "N", default_value = "1000000")]
+    pub runs: u64,
+    /// Folder for the inputs that reach new code, which later calls begin with
+    #[arg(long, value_name = "DIR", default_value = "out/fuzz")]
+    pub corpus: PathBuf,
+}
+
 /// What CI is to check.
 #[derive(Args)]
 pub struct CiArgs {
@@ -237,6 +260,7 @@ pub fn run(cli: Cli) -> Result<u8> {
         Command::Env => exports::run(),
         Command::Doctor => doctor::run(),
         Command::Tidy => tidy::run(),
+        Command::Fuzz(args) => fuzz::run(&args),
         Command::Torture(args) => torture::run(&args),
         Command::Ci(args) => ci::run(&args),
         Command::Build(rest) => runner::cargo_on_workspace(&["build", "--release"], rest.args),

@@ -7,6 +7,7 @@ mod ci;
 mod cli;
 mod doctor;
 mod exports;
+mod fuzz;
 mod gpu;
 mod install;
 mod libtorch;
