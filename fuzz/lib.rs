@@ -56,6 +56,11 @@ pub fn zip(bytes: &[u8]) {
     read_set(SourceKind::Zip, file("a.zip", bytes));
 }
 
+/// An LMDB database of images.
+pub fn lmdb(bytes: &[u8]) {
+    read_set(SourceKind::Lmdb, file("data.mdb", bytes));
+}
+
 /// A picture or mask.
 pub fn image(bytes: &[u8]) {
     cm_data::transform::decode(bytes, "a picture").err().into_iter().for_each(one_line);

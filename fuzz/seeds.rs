@@ -69,6 +69,7 @@ pub fn write(target: &str) {
             write("packed", &gz(&idx()));
         }
         "zip" => write("images", &zip()),
+        "lmdb" => write("images", include_bytes!("../crates/cm-data/tests/fixtures/images.mdb")),
         "image" => write("png", &png()),
         "safetensors" => {
             let head = br#"{"__metadata__":{"consistency-rs":"{\"format\":1}"},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#;

@@ -11,11 +11,12 @@ use crate::runner::{code_of, status_of};
 use crate::{setup, tools};
 
 /// What there is to fuzz, each with the longest input that is of use.
-const TARGETS: [(&str, u32); 7] = [
+const TARGETS: [(&str, u32); 8] = [
     ("cifar", 1 << 16),
     ("idx", 1 << 12),
     ("npz", 1 << 12),
     ("zip", 1 << 12),
+    ("lmdb", 1 << 16),
     ("image", 1 << 12),
     ("safetensors", 1 << 13),
     ("torch", 1 << 14),

@@ -23,10 +23,7 @@ const MEMORY_MAP: &str = "crates/cm-data/src/mmap.rs";
 /// What tells the time of day or the age of a file. A clock that is set while a run goes on, or between two sessions of
 /// it, must change nothing: only what is shown may hold the time.
 const CLOCKS: &[&str] = &["SystemTime", "OffsetDateTime", "modified"];
-const MAY_SHOW_THE_TIME: &[&str] = &[
-    "crates/cm-cli/src/ui.rs",
-    "crates/cm-train/src/events/mod.rs",
-];
+const MAY_SHOW_THE_TIME: &[&str] = &["crates/cm-cli/src/ui.rs", "crates/cm-train/src/events/mod.rs"];
 
 const CPP: &[&str] = &["c", "cc", "cpp", "cxx", "cu", "cuh", "h", "hh", "hpp"];
 const LENGTH_CHECKED: &[&str] = &["rs", "cpp", "h", "py", "sh"];
