@@ -57,7 +57,14 @@ fn a_killed_report_ends_as_an_undisturbed_one_and_grows() {
     // More seeds are more runs, and what is there stays.
     let more = report(&sandbox, "--seeds 2").run().ok();
     assert_eq!(more.stderr.matches("has finished").count(), 3, "{}", more.stderr);
-    assert_eq!(results(&sandbox)["runs"].as_array().unwrap().len(), 5);
+    let grown = results(&sandbox);
+    assert_eq!(grown["runs"].as_array().unwrap().len(), 5);
+    let ranges = |results: &Value| -> Vec<u64> {
+        let scores = results["runs"][0]["scores"].as_array().unwrap();
+        scores.iter().filter_map(|score| score["range"].as_u64()).collect()
+    };
+    assert_eq!(ranges(&disturbed), [0, 0, 0]);
+    assert_eq!(ranges(&grown), [0, 0, 0, 1], "the teacher is measured as often as a trial has seeds");
     sandbox.cm("sample out/runs/pd/seed-0/model.safetensors --seeds 0-3 --device cpu").run().ok();
 
     publishes(&sandbox);

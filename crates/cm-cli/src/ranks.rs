@@ -50,6 +50,19 @@ pub fn together(work: impl FnOnce(&Ranks) -> Outcome) -> Outcome {
     outcome
 }
 
+/// Refuses to work beside other ranks, for what knows nothing of them.
+pub fn refuse_several(what: &str) -> Result<()> {
+    match Rendezvous::from_vars(|name| std::env::var(name).ok())? {
+        Some(rendezvous) if rendezvous.world_size > 1 => {
+            bail!(
+                "{what} runs in one process, and WORLD_SIZE={}; start it without ranks",
+                rendezvous.world_size
+            )
+        }
+        _ => Ok(()),
+    }
+}
+
 impl Ranks {
     /// One process.
     pub fn alone() -> Self {
@@ -125,8 +138,16 @@ const COMPARED: usize = 64;
 fn seen(data: &dyn Dataset) -> Result<Value> {
     let step = data.len().div_ceil(COMPARED).max(1);
     let indices = (0..data.len()).step_by(step).map(|index| index as u32);
-    let batch = cm_data::Batch::gather(data, indices)?;
-    let labels: Vec<u8> = batch.labels.iter().flatten().flat_map(|label| label.to_le_bytes()).collect();
-    let sha256 = digest::of_bytes([batch.pixels.as_slice(), &labels]);
+    let mut pieces: Vec<Vec<u8>> = Vec::new();
+    for index in indices {
+        pieces.push(match data.get(index as usize) {
+            Ok(sample) => sample.pixels,
+            // Whether it may be passed over is training's to say; that it is broken is all that can be compared.
+            Err(cm_data::Error::Corrupt { .. }) => b"does not decode".to_vec(),
+            Err(other) => return Err(other.into()),
+        });
+        pieces.push(data.labels().map_or(Vec::new(), |all| all[index as usize].to_le_bytes().to_vec()));
+    }
+    let sha256 = digest::of_bytes(pieces.iter().map(Vec::as_slice));
     Ok(json!({ "count": data.len(), "shape": data.shape().to_string(), "sha256": sha256 }))
 }

@@ -35,7 +35,7 @@ impl Corrupt {
         for _ in 0..=self.most {
             match set.read(at as usize, out) {
                 Ok(()) => return Ok(at),
-                Err(error @ Error::Corrupt { .. }) => self.note(at, error)?,
+                Err(error) if error.is_of_image() => self.note(at, error)?,
                 Err(other) => return Err(other),
             }
             at = (u64::from(at) + 1).checked_rem(set.len() as u64).unwrap_or(0) as u32;

@@ -104,7 +104,7 @@ pub enum Error {
         cause: String,
     },
     /// More images do not decode than may be passed over.
-    #[error("{last}; {count} images do not decode, and data.max_corrupt = {most} are passed over")]
+    #[error("{last}; {count} images do not decode, and max_corrupt = {most} are passed over")]
     TooManyCorrupt {
         /// What is wrong with the last of them.
         last: String,
@@ -246,6 +246,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether it is the fault of one image, which can be passed over; what the system refuses is none.
+    pub(crate) fn is_of_image(&self) -> bool {
+        matches!(self, Error::Corrupt { .. } | Error::TooLarge { .. } | Error::Length { .. })
+    }
+
     /// An [`Error::Io`] for `path`, for use in `map_err`.
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
         let path = path.to_path_buf();

@@ -109,7 +109,11 @@ impl<R: Read> Bounded<R> {
     }
 
     fn broken(&self, what: &str, cause: std::io::Error) -> Error {
-        Error::corrupt(self.file.clone(), format!("{what}: {cause}"))
+        match cause.raw_os_error() {
+            // What the system refuses is no fault of the bytes.
+            Some(_) => Error::Io { action: "read", path: self.file.clone().into(), cause },
+            None => Error::corrupt(self.file.clone(), format!("{what}: {cause}")),
+        }
     }
 }
 

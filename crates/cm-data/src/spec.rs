@@ -302,6 +302,7 @@ impl SourceSpec {
             filter: self.filter.unwrap_or_default(),
             labels: self.labels,
             classes: self.num_classes,
+            max_corrupt: self.max_corrupt,
         }
     }
 

@@ -20,7 +20,7 @@ pub fn kills(runs: &Runs, count: usize, seed: u64) -> Result<Case> {
             killer.session()?;
             bar.set(killer.kills, &format!("{} runs ended in the same bytes", killer.rounds));
         }
-        killer.to_the_end()?;
+        killer.go_on_to_the_end()?;
         Ok(Outcome::Held(format!(
             "{} kills ({} while a checkpoint was written) in {} runs; all end in weights {}",
             killer.kills,
@@ -100,7 +100,7 @@ impl Killer<'_> {
         Ok(())
     }
 
-    fn to_the_end(&mut self) -> Result<()> {
+    fn go_on_to_the_end(&mut self) -> Result<()> {
         if !self.runs.folder(&self.name).is_dir() {
             return Ok(());
         }

@@ -286,6 +286,9 @@ pub struct PackArgs {
     /// none, auto, dataset_json, prefix or folder: where labels come from.
     #[arg(long, default_value = "auto")]
     pub labels: String,
+    /// train, test or all: the part of a set that is split by its files.
+    #[arg(long, default_value = "train")]
+    pub split: String,
     /// Images in a file.
     #[arg(long, default_value = "10000", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     pub per_shard: usize,

@@ -61,7 +61,7 @@ fn source(args: &PackArgs) -> Result<SourceSpec> {
     let mut table = Table::new();
     let mut set = |key: &str, value: &str| drop(table.insert(key.to_owned(), value.to_owned().into()));
     set("kind", kind.name());
-    for (key, value) in [("fit", &args.fit), ("labels", &args.labels)] {
+    for (key, value) in [("fit", &args.fit), ("labels", &args.labels), ("split", &args.split)] {
         set(key, value);
     }
     for (key, value) in [("filter", &args.filter), ("channels", &args.channels)] {
@@ -73,6 +73,7 @@ fn source(args: &PackArgs) -> Result<SourceSpec> {
     let bundled = matches!(kind, SourceKind::Digits | SourceKind::Emoji);
     spec.path = (!bundled).then(|| args.path.clone());
     spec.resolution = args.resolution;
+    spec.max_corrupt = args.max_corrupt;
     Ok(spec)
 }
 

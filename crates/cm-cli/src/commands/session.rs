@@ -100,6 +100,9 @@ impl Run<'_> {
         if let Some(group) = trainer.group() {
             let log = RankLog::open(self.folder, group.rank(), group.size(), trainer.steps_done())?;
             source = source.with_log(log);
+        } else if self.folder.join("ranks").is_dir() {
+            // What several ranks wrote behind the checkpoint is not theirs any more.
+            RankLog::open(self.folder, 0, 1, trainer.steps_done())?;
         }
         let spec = self.experiment.model_spec();
         // A model file travels: the places of data and of weights on this machine stay here.

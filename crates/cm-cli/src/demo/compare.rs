@@ -1,6 +1,7 @@
 //! `--recipe all`: every recipe on the same data, its samples beside the others' with equal seeds.
 
 use anyhow::{Context, Result};
+use cm_train::RunLock;
 use tch::Tensor;
 
 use super::measure::Sets;
@@ -33,6 +34,7 @@ pub fn all(args: &DemoArgs) -> Outcome {
     if args.publish_only {
         return publish_all(&plans, args).or_usage();
     }
+    let _lock = RunLock::take(&args.out).or_usage()?;
     let stop = session::stop_on_signal()?;
     let mut columns = vec![("real".to_owned(), real(args, &plans)?)];
     let (mut summaries, mut shared) = (Vec::new(), Shared::default());

@@ -17,7 +17,7 @@ use cm_model::{NoiseSource, Philox, Site};
 use cm_sampler::{Request, Times, multistep};
 use cm_schedule::rng::Purpose;
 use cm_torch::device;
-use cm_train::{Batch, Checkpoints, Ending, PROGRESS_FILE, Trainable, Trainer};
+use cm_train::{Batch, Checkpoints, Ending, PROGRESS_FILE, RunLock, Trainable, Trainer};
 use tch::{Device, Tensor};
 
 use crate::args::{DemoArgs, DemoData, DemoRecipe};
@@ -27,6 +27,7 @@ use crate::exit::{Failure, OrUsage, Outcome};
 use crate::experiment::Experiment;
 use crate::net::Net;
 use crate::pictures::{self, Chart, Series};
+use crate::ranks;
 use crate::sources::Start;
 use measure::Sets;
 use plan::Plan;
@@ -60,6 +61,7 @@ pub fn demo(args: &DemoArgs) -> Outcome {
     if let Some(seconds) = args.seconds.filter(|s| !(*s >= 20.0 && s.is_finite())) {
         return Err(Failure::Usage(anyhow::anyhow!("--seconds {seconds}: expected 20 or more")));
     }
+    ranks::refuse_several("cm demo").or_usage()?;
     if args.recipe == DemoRecipe::All {
         return compare::all(args);
     }
@@ -72,6 +74,7 @@ pub fn demo(args: &DemoArgs) -> Outcome {
         summary.is_of(plan.preset, &args.out).or_usage()?;
         return publish::publish(&summary, &args.out).or_run();
     }
+    let _lock = RunLock::take(&args.out).or_usage()?;
     let stop = session::stop_on_signal()?;
     let (summary, _) = one(args, &plan, &args.out, &stop, &mut Shared::default())?;
     summary.print(&args.out);

@@ -21,6 +21,7 @@ use tch::Device;
 use crate::args::ReportArgs;
 use crate::commands::session;
 use crate::exit::{Failure, OrUsage, Outcome};
+use crate::ranks;
 use crate::sources::ModelSource;
 use crate::ui::clock;
 use plan::{Plan, Settings, TEACHER, TEACHER_LEVELS, TRIALS, Trial};
@@ -43,6 +44,7 @@ pub fn trial_names() -> Vec<&'static str> {
 
 /// Runs `cm report`.
 pub fn report(args: &ReportArgs) -> Outcome {
+    ranks::refuse_several("cm report").or_usage()?;
     if args.publish || args.publish_only {
         publish::check().or_usage()?;
     }
@@ -50,17 +52,19 @@ pub fn report(args: &ReportArgs) -> Outcome {
         return publish_only(args);
     }
     let device = session::device(&args.device).or_usage()?;
-    let plan = Plan::new(args, format!("{device:?}")).or_usage()?;
+    let mut plan = Plan::new(args, format!("{device:?}")).or_usage()?;
+    plan.settings.images = Scorer::digest(&plan.teacher().data).or_usage()?;
     let _lock = RunLock::take(&args.out).or_usage()?;
     begin(&plan.settings, &args.out).or_usage()?;
     let stop = session::stop_on_signal()?;
     let report = Report { args, plan: &plan, device, stop: &stop };
     let scorer = report.scorer()?;
     let runs = report.runs(&scorer)?;
+    train::heed(&stop)?;
     let results = report.results(&scorer, runs)?;
     results::write(&args.out.join(RESULTS_FILE), &results)?;
     let drawn = report.draw(&results)?;
-    let text = page::page(&results, &drawn, "", &|name| format!("{name}.png"));
+    let text = page::page(&results, &drawn, None, &|name| format!("{name}.png"));
     let place = args.out.join(PAGE_FILE);
     cm_model::files::write_atomic(&place, |file| std::io::Write::write_all(file, text.as_bytes()))?;
     for claim in &results.claims {
@@ -155,7 +159,10 @@ impl Report<'_> {
         let teacher = self.teacher();
         runs.push(one(&teacher, 1)?);
         if let Some(why) = &runs[0].failed {
-            return Err(Failure::Run(anyhow::anyhow!("the teacher's training stopped: {why}")));
+            return Err(Failure::Run(anyhow::anyhow!(
+                "the teacher's training stopped: {why}; to try again, remove {}",
+                self.folder(TEACHER, 0).display()
+            )));
         }
         for seed in 0..seeds {
             for trial in trials {

@@ -13,11 +13,16 @@ pub const NOTES: &str = "<!-- notes: these lines stay when the report is publish
 pub const END_OF_NOTES: &str = "<!-- end of notes -->";
 
 /// The page; `picture` says where a picture lies, seen from it.
-pub fn page(results: &Results, drawn: &[Drawn], notes: &str, picture: &dyn Fn(&str) -> String) -> String {
+pub fn page(
+    results: &Results,
+    drawn: &[Drawn],
+    notes: Option<&str>,
+    picture: &dyn Fn(&str) -> String,
+) -> String {
     let settings = &results.settings;
     let mut text = format!("# Report: {}\n\n", settings.data);
     text += &head(results);
-    if !notes.is_empty() {
+    if let Some(notes) = notes {
         text += &format!("\n{NOTES}\n{notes}{END_OF_NOTES}\n");
     }
     text += "\n## Claims\n\nEach claim compares Fréchet distances (lower is better). It holds or fails if the means differ \
@@ -63,7 +68,7 @@ fn head(results: &Results) -> String {
     let floor = &results.floor;
     let _ = writeln!(
         text,
-        " {} held-out real images get {}, precision {:.2} and recall {:.2}.",
+        " {} held-out real images get {}, precision {:.2} and recall {:.2} (a distance of fewer images comes out larger).",
         floor.images,
         number(floor.fcd),
         floor.precision,
@@ -80,12 +85,26 @@ fn head(results: &Results) -> String {
 fn command(settings: &Settings, seeds: usize, results: &Results) -> String {
     let all = super::plan::TRIALS.len() - results.left_out.len();
     let trials = results.trials();
-    let some = if trials.len() == all { String::new() } else { format!(" --trials {}", trials.join(",")) };
-    format!("cargo xtask report --data {} --budget {} --seeds {seeds}{some}", settings.data, settings.budget)
+    let mut command = format!("cargo xtask report --data {}", settings.data);
+    if settings.form != "full" {
+        command += &format!(" --{}", settings.form);
+    }
+    command += &format!(" --budget {} --seeds {seeds}", settings.budget);
+    if trials.len() != all {
+        command += &format!(" --trials {}", trials.join(","));
+    }
+    if settings.data != "digits" && settings.data != "emoji" {
+        command += " --images PATH";
+    }
+    if settings.device != "Cpu" {
+        command += " --device cuda";
+    }
+    command
 }
 
 fn claims(claims: &[Claim]) -> String {
-    let mut text = "| claim | | is better than | | verdict |\n| --- | --- | --- | --- | --- |\n".to_owned();
+    let mut text =
+        "| claim | this | | is better than | | verdict |\n| --- | --- | --- | --- | --- | --- |\n".to_owned();
     for claim in claims {
         let verdict = match (&claim.verdict, &claim.why) {
             (Verdict::Unresolved, Some(why)) => format!("unresolved: {why}"),
@@ -94,8 +113,9 @@ fn claims(claims: &[Claim]) -> String {
         let (better, worse) = (&claim.better, &claim.worse);
         let _ = writeln!(
             text,
-            "| {} | {} | {} | {} | {verdict} |",
+            "| {} | {} | {} | {} | {} | {verdict} |",
             claim.text,
+            better.name,
             spread(Some(better.fcd)),
             worse.name,
             spread(Some(worse.fcd))
@@ -148,15 +168,26 @@ fn teacher(results: &Results) -> String {
         run.what, run.parameters, run.steps, run.minutes, run.images_per_second
     );
     text += "| sampler | evaluations | FCD | precision | recall |\n| --- | --- | --- | --- | --- |\n";
+    let mut seen: Vec<&str> = Vec::new();
     for score in &run.scores {
+        if seen.contains(&score.sampler.as_str()) {
+            continue;
+        }
+        seen.push(&score.sampler);
+        let same = |figure: fn(&Score) -> f64| {
+            let of = run.scores.iter().filter(|other| other.sampler == score.sampler).map(figure);
+            Spread::of(&of.collect::<Vec<_>>())
+        };
+        let share =
+            |figure: fn(&Score) -> f64| same(figure).map_or("–".to_owned(), |s| format!("{:.2}", s.mean));
         let _ = writeln!(
             text,
-            "| `{}` | {} | {} | {:.2} | {:.2} |",
+            "| `{}` | {} | {} | {} | {} |",
             score.sampler,
             score.evaluations,
-            number(score.fcd),
-            score.precision,
-            score.recall
+            spread(same(|score| score.fcd)),
+            share(|score| score.precision),
+            share(|score| score.recall)
         );
     }
     text

@@ -70,8 +70,12 @@ pub const TRIALS: [Trial; 14] = [
 pub struct Settings {
     /// Version of what is trained and measured.
     pub version: u32,
+    /// `full`, `quick` or `smoke`.
+    pub form: String,
     /// The data set.
     pub data: String,
+    /// SHA-256 of its training images.
+    pub images: String,
     /// Training images of a run.
     pub budget: u64,
     /// Training images of the teacher.
@@ -111,7 +115,7 @@ impl Plan {
     /// What the command asks for.
     ///
     /// # Errors
-    /// For options that do not go together, and a budget of less than 7 steps.
+    /// For options that do not go together, and a budget of too few steps.
     pub fn new(args: &ReportArgs, device: String) -> Result<Self> {
         ensure!(
             args.images.is_some() != args.data.is_bundled(),
@@ -128,11 +132,13 @@ impl Plan {
         let mut settings = settings(args, device);
         let read = |recipe: &str| preset(&settings.data, recipe, args.images.as_deref(), &[]);
         let (base, teacher) = (read("cd")?, read("edm")?);
-        for (experiment, images) in [(&base, settings.budget), (&teacher, settings.teacher_budget)] {
-            let (least, batch) = (7 * experiment.train.batch as u64, experiment.train.batch);
-            if images < least {
-                bail!("--budget {}: expected at least {least}, 7 steps of {batch} images", settings.budget);
-            }
+        let (batch, least) = (base.train.batch as u64, least_steps(&read("pd")?));
+        if settings.budget < least * batch {
+            bail!(
+                "--budget {}: expected at least {}, {least} steps of {batch} images",
+                settings.budget,
+                least * batch
+            );
         }
         // The first average must forget where it began well before the first point.
         settings.points = settings.points.min(settings.budget / base.train.batch as u64);
@@ -176,6 +182,7 @@ impl Plan {
         let base = self.base.clone();
         (experiment.data, experiment.augment, experiment.network) = (base.data, base.augment, base.network);
         (experiment.precond, experiment.compute) = (base.precond, base.compute);
+        experiment.train.batch = base.train.batch;
         experiment.name = trial.name.to_owned();
         self.set_length(&mut experiment, self.settings.budget);
         Ok(experiment)
@@ -197,6 +204,14 @@ impl Plan {
     }
 }
 
+/// The steps in which progressive distillation can have all its stages, of which the last two count double.
+fn least_steps(progressive: &Experiment) -> u64 {
+    match progressive.train.pairs {
+        PairRule::Steps { num_scales: NumScales::ProgDist { start, .. }, .. } => u64::from(start.ilog2()) + 3,
+        _ => 1,
+    }
+}
+
 /// The trials of `--smoke`.
 const SMOKE: [&str; 2] = ["cd", "ect"];
 
@@ -211,7 +226,16 @@ fn settings(args: &ReportArgs, device: String) -> Settings {
     let budget = args.budget.unwrap_or(budget);
     Settings {
         version: VERSION,
+        form: if args.smoke {
+            "smoke"
+        } else if args.quick {
+            "quick"
+        } else {
+            "full"
+        }
+        .to_owned(),
         data: args.data.name().to_owned(),
+        images: String::new(),
         budget,
         teacher_budget: 2 * budget,
         points: if args.smoke { 2 } else { 5 },

@@ -86,28 +86,35 @@ fn curve(results: &Results, trial: &str) -> Option<Series> {
     let at =
         |i: usize| Spread::of(&runs.iter().filter_map(|run| Some(run.curve.get(i)?.fcd)).collect::<Vec<_>>());
     let spreads: Vec<Spread> = (0..first.curve.len()).filter_map(at).collect();
-    let points = first.curve.iter().zip(&spreads).map(|(point, s)| (point.images as f64, s.mean)).collect();
-    Some(Series::new(trial, points).with_spread(spreads.iter().map(|s| s.sd.unwrap_or(0.0)).collect()))
+    series(trial, first.curve.iter().map(|point| point.images as f64).zip(spreads).collect())
 }
 
 /// Quality against evaluations: the teacher by each solver, and the students.
 fn quality(results: &Results) -> Vec<Series> {
     let teacher = results.of(TEACHER).next();
     let of_solver = |(word, name): &(&str, &str)| {
-        let scores = teacher?.scores.iter().filter(|score| score.sampler.contains(word));
-        let mut points: Vec<(f64, f64)> = scores.map(|s| (s.evaluations as f64, s.fcd)).collect();
-        points.sort_by(|a, b| a.0.total_cmp(&b.0));
-        (!points.is_empty()).then(|| Series::new(*name, points))
+        let scores =
+            || teacher.iter().flat_map(|run| &run.scores).filter(|score| score.sampler.contains(word));
+        let mut at: Vec<u64> = scores().map(|score| score.evaluations).collect();
+        at.sort_unstable();
+        at.dedup();
+        let of = |evaluations: &u64| {
+            let same = scores().filter(|score| score.evaluations == *evaluations).map(|score| score.fcd);
+            Some((*evaluations as f64, Spread::of(&same.collect::<Vec<_>>())?))
+        };
+        series(name, at.iter().filter_map(of).collect())
     };
     let of_student = |trial: &&str| {
-        let spread = |steps: u64| Some((steps, results.spread(trial, steps, |score| score.fcd)?));
-        let found: Vec<(u64, Spread)> = [1, 2, 4].into_iter().filter_map(spread).collect();
-        let points: Vec<_> = found.iter().map(|(steps, s)| (*steps as f64, s.mean)).collect();
-        let series = Series::new(*trial, points);
-        let spread = found.iter().map(|(_, s)| s.sd.unwrap_or(0.0)).collect();
-        (!found.is_empty()).then(|| series.with_spread(spread))
+        let spread = |steps: u64| Some((steps as f64, results.spread(trial, steps, |score| score.fcd)?));
+        series(trial, [1, 2, 4].into_iter().filter_map(spread).collect())
     };
     SOLVERS.iter().filter_map(of_solver).chain(SHOWN.iter().filter_map(of_student)).collect()
+}
+
+fn series(name: &str, points: Vec<(f64, Spread)>) -> Option<Series> {
+    let spread = points.iter().map(|(_, s)| s.sd.unwrap_or(0.0)).collect();
+    let means: Vec<(f64, f64)> = points.iter().map(|(x, s)| (*x, s.mean)).collect();
+    (!means.is_empty()).then(|| Series::new(name, means).with_spread(spread))
 }
 
 /// Samples of all models with equal seeds, in one step and in two. `model` gives a trial's file and the options of its

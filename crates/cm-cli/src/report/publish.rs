@@ -42,7 +42,7 @@ pub fn publish(results: &Results, drawn: &[Drawn], out: &Path) -> Result<()> {
         write_atomic(&copy, |file| std::io::Write::write_all(file, &bytes))?;
     }
     let notes = notes(&old).unwrap_or("\n");
-    let text = page(results, drawn, notes, &|picture| format!("{PICTURES}/{}", name(picture)));
+    let text = page(results, drawn, Some(notes), &|picture| format!("{PICTURES}/{}", name(picture)));
     write_atomic(&to, |file| std::io::Write::write_all(file, text.as_bytes()))?;
     println!("published into {} and {DOCS}/{PICTURES}/", to.display());
     Ok(())

@@ -18,6 +18,8 @@ pub struct Score {
     pub sampler: String,
     /// Evaluations of the network for a sample.
     pub evaluations: u64,
+    /// Which of disjoint ranges of seeds the samples were made with.
+    pub range: u64,
     /// Images that were measured.
     pub images: u64,
     /// Fréchet classifier distance to the training images: lower is better.
@@ -134,6 +136,11 @@ impl Results {
             }
         }
         names
+    }
+
+    /// How many of a trial's runs did not come to their end.
+    pub fn stopped(&self, trial: &str) -> usize {
+        self.of(trial).filter(|run| run.failed.is_some()).count()
     }
 
     /// A figure of a trial's samples of so many evaluations, over the seeds. Of the teacher: Heun's.

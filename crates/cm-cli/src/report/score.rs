@@ -64,6 +64,11 @@ impl Scorer {
         Ok(Self { judge, real, held_out, measured, device })
     }
 
+    /// The digest of the training images of `data`.
+    pub fn digest(data: &SourceSpec) -> Result<String> {
+        input::digest_of(&*data.open()?)
+    }
+
     /// Where the classifier comes from.
     pub fn judge(&self) -> Option<About> {
         self.judge.classifier.clone()
@@ -77,7 +82,8 @@ impl Scorer {
         (args.seeds, args.batch) = (SeedRange((first..first + self.measured).collect()), BATCH);
         args.device = self.device;
         let found = collect(&self.judge, &Input::Model(Box::new(args)), self.measured);
-        self.score(&found.with_context(|| name)?, &sampling.words, sampling.evaluations)
+        let score = self.score(&found.with_context(|| name)?, &sampling.words, sampling.evaluations)?;
+        Ok(Score { range, ..score })
     }
 
     /// The score of images that are real and were not trained on.
@@ -100,6 +106,7 @@ impl Scorer {
         Ok(Score {
             sampler: sampler.to_owned(),
             evaluations,
+            range: 0,
             images: found.count.unwrap_or(0),
             fcd: frechet_distance(moments(&self.real)?, moments(found)?)?,
             precision: pr.precision,

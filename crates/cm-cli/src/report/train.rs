@@ -1,11 +1,11 @@
 //! One run of a report: trained to its end, measured, and tidied up.
 
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail};
 use cm_schedule::NumScales;
-use cm_train::{Checkpoints, Ending, Method, PairRule, TeacherSolver, Trainable};
+use cm_train::{Checkpoints, Ending, Method, PairRule, RunLock, TeacherSolver, Trainable};
 use tch::{Device, Tensor};
 
 use super::plan::TEACHER;
@@ -16,6 +16,7 @@ use crate::commands::sweep::Figures;
 use crate::config::Source;
 use crate::exit::{Failure, OrUsage, Outcome};
 use crate::experiment::Experiment;
+use crate::ranks::without_places;
 use crate::runs::{CONFIG_FILE, find_model};
 use crate::sources::Start;
 use crate::ui::Bar;
@@ -44,16 +45,19 @@ impl Job<'_> {
     pub fn run(&self, scorer: &Scorer, device: Device, stop: &AtomicBool) -> Outcome<RunResult> {
         let place = self.folder.join(RESULT_FILE);
         if let Some(result) = results::read(&place).or_usage()? {
+            let result = self.completed(result, scorer, stop)?;
+            results::write(&place, &result)?;
             self.tidy_up()?;
             return Ok(result);
         }
         self.check_config().or_usage()?;
+        let _lock = RunLock::take(&self.folder).or_usage()?;
         let result = match self.train(device, stop) {
             Err(Failure::Diverged(error)) => self.result(0, Some(format!("{error:#}")), vec![], vec![])?,
             Err(other) => return Err(other),
             Ok(parameters) => {
-                let curve = self.curve(scorer)?;
-                let scores = self.scores(scorer)?;
+                let curve = self.curve(scorer, stop)?;
+                let scores = self.scores(&self.samplings, scorer, stop)?;
                 self.result(parameters, None, curve, scores)?
             }
         };
@@ -77,18 +81,27 @@ impl Job<'_> {
         }
     }
 
+    /// A finished run with the scores that it has and those that are wanted now: of a teacher, when seeds are added.
+    fn completed(&self, mut result: RunResult, scorer: &Scorer, stop: &AtomicBool) -> Outcome<RunResult> {
+        if result.failed.is_some() {
+            return Ok(result);
+        }
+        let is_there = |(sampling, range): &&(Sampling, u64)| {
+            result.scores.iter().any(|score| score.sampler == sampling.words && score.range == *range)
+        };
+        let missing: Vec<_> = self.samplings.iter().filter(|wanted| !is_there(wanted)).cloned().collect();
+        result.scores.extend(self.scores(&missing, scorer, stop)?);
+        Ok(result)
+    }
+
     /// A run that was begun with other settings is not gone on with.
     fn check_config(&self) -> Result<()> {
         let config = self.folder.join(CONFIG_FILE);
         if !config.is_file() {
             return Ok(());
         }
-        let portable = |mut experiment: Experiment| {
-            (experiment.teacher, experiment.data.path) = (None, None);
-            experiment
-        };
         let found = Experiment::read(&Source::file(config.clone())?, &[])?;
-        if portable(found) != portable(self.experiment.clone()) {
+        if without_places(&found) != without_places(&self.experiment) {
             bail!(
                 "{}: begun with other settings; choose another --out, or remove this run's folder",
                 config.display()
@@ -141,7 +154,7 @@ impl Job<'_> {
 
     /// The one-step score at each of the checkpoints that the run kept. A progressively distilled student has one step
     /// at its end alone, and a teacher never.
-    fn curve(&self, scorer: &Scorer) -> Result<Vec<Point>> {
+    fn curve(&self, scorer: &Scorer, stop: &AtomicBool) -> Outcome<Vec<Point>> {
         if self.is_progressive() || self.trial == TEACHER {
             return Ok(Vec::new());
         }
@@ -150,6 +163,7 @@ impl Job<'_> {
         let mut bar = Bar::new("score", "points", 0, steps.len() as u64);
         let mut points = Vec::new();
         for (i, step) in steps.into_iter().enumerate() {
+            heed(stop)?;
             let score = scorer.of_model(&checkpoints.path(step), &one_step(), self.experiment.train.seed)?;
             points.push(Point { images: step * self.experiment.train.batch as u64, fcd: score.fcd });
             bar.set(i as u64 + 1, format!("FCD {:.2}", score.fcd));
@@ -159,10 +173,16 @@ impl Job<'_> {
     }
 
     /// The scores at the end; of a progressively distilled student those at the ends of its last stages.
-    fn scores(&self, scorer: &Scorer) -> Result<Vec<Score>> {
-        let mut bar = Bar::new("score", "samplers", 0, self.samplings.len() as u64);
+    fn scores(
+        &self,
+        samplings: &[(Sampling, u64)],
+        scorer: &Scorer,
+        stop: &AtomicBool,
+    ) -> Outcome<Vec<Score>> {
+        let mut bar = Bar::new("score", "samplers", 0, samplings.len() as u64);
         let mut scores = Vec::new();
-        for (i, (sampling, range)) in self.samplings.iter().enumerate() {
+        for (i, (sampling, range)) in samplings.iter().enumerate() {
+            heed(stop)?;
             let model = self.model_of(sampling)?;
             let score = scorer.of_model(&model, sampling, *range)?;
             bar.set(i as u64 + 1, format!("FCD {:.2}", score.fcd));
@@ -179,8 +199,10 @@ impl Job<'_> {
             }
             _ => None,
         };
+        let finished = self.folder.join(MODEL_FILE);
         Ok(match student {
             Some(step) => Checkpoints::of_run(&self.folder).path(step),
+            None if finished.is_file() => finished,
             None => self.folder.clone(),
         })
     }
@@ -209,6 +231,14 @@ impl Job<'_> {
             curve,
             scores,
         })
+    }
+}
+
+/// Ends the work at a request to stop; what was computed is there, and the rest is done by the same command.
+pub fn heed(stop: &AtomicBool) -> Outcome {
+    match stop.load(Ordering::Relaxed) {
+        true => Err(Failure::Interrupted("the same command goes on".into())),
+        false => Ok(()),
     }
 }
 

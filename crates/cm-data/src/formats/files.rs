@@ -36,6 +36,8 @@ pub struct FileOptions {
     pub labels: LabelRule,
     /// Number of classes; the largest label + 1, or the number of names, if absent.
     pub classes: Option<u32>,
+    /// So many of the first images may not decode where the shape is looked for.
+    pub max_corrupt: usize,
 }
 
 enum Store {
@@ -141,7 +143,16 @@ impl ImageFiles {
         if let (Some(resolution), Some(channels)) = (self.options.resolution, self.options.channels) {
             return Ok(Shape::square(channels.count(), resolution));
         }
-        let first = self.decode(0)?;
+        // As in training, a few images that do not decode are passed over.
+        let most = self.options.max_corrupt.min(self.len().saturating_sub(1));
+        let mut first = self.decode(0);
+        for index in 1..=most {
+            match &first {
+                Err(error) if error.is_of_image() => first = self.decode(index),
+                _ => break,
+            }
+        }
+        let first = first?;
         let channels = self.options.channels.unwrap_or(first.channels()).count();
         let (height, width) = self.options.resolution.map_or(first.size(), |r| (r, r));
         Ok(Shape { channels, height, width })

@@ -35,6 +35,8 @@ const OVERFLOW: u16 = 0x04;
 const META: u16 = 0x08;
 /// A node's value lies in pages of its own.
 const BIG: u16 = 0x01;
+/// A node holds a database of its own, or several values.
+const NESTED: u16 = 0x02 | 0x04;
 /// The database flags of several values for a key, in whatever form.
 const DUPLICATES: u16 = 0x04 | 0x10 | 0x20 | 0x40;
 
@@ -171,11 +173,20 @@ impl Lmdb {
         Error::corrupt(self.path.display().to_string(), format!("as an LMDB database: {what}"))
     }
 
+    /// A read that failed: by the system, or behind the end of a file that is shorter than it was.
+    fn unread(&self, cause: std::io::Error) -> Error {
+        match cause.raw_os_error() {
+            Some(_) => Error::io("read", &self.path)(cause),
+            None => self.broken(cause),
+        }
+    }
+
     /// Reads the page `number` of the tree, which must be of one of the kinds `allowed`.
     fn read_page(&self, number: u64, allowed: u16, bytes: &mut [u8]) -> Result<u16> {
-        let at = number.checked_mul(self.page).filter(|at| at + self.page <= self.file.length());
+        let inside = |at: &u64| at.checked_add(self.page).is_some_and(|end| end <= self.file.length());
+        let at = number.checked_mul(self.page).filter(inside);
         let at = at.ok_or_else(|| self.broken(format!("page {number} lies behind the file's end")))?;
-        self.file.read_exact_at(bytes, at).map_err(|e| self.broken(e))?;
+        self.file.read_exact_at(bytes, at).map_err(|e| self.unread(e))?;
         let flags = u16_at(bytes, 10).unwrap_or(0) & (BRANCH | LEAF | OVERFLOW | META);
         if u64_at(bytes, 0) != Some(number) || flags & allowed == 0 || flags.count_ones() != 1 {
             return Err(self.broken(format!("page {number} is none of the tree")));
@@ -203,7 +214,9 @@ impl Lmdb {
         }
         // An entry takes at least its header and an offset, so that a claim of more is none that a file can keep.
         let most = self.file.length() / (NODE_HEADER as u64 + 2);
-        let mut nodes = Vec::with_capacity(meta.entries.min(most) as usize);
+        let mut nodes = Vec::new();
+        let room = nodes.try_reserve_exact(meta.entries.min(most) as usize);
+        room.map_err(|_| self.broken(format!("no memory for {} entries", meta.entries)))?;
         let mut bytes = vec![0; self.page as usize];
         // A page can be met once in a tree: a ring of pages would otherwise never end.
         let mut pages_left = self.file.length() / self.page;
@@ -219,7 +232,12 @@ impl Lmdb {
                 pending.push((node.child(), depth + 1));
             }
             for &at in offsets.iter().filter(|_| allowed == LEAF) {
-                Node::parse(&bytes[at..]).ok_or_else(damaged)?;
+                let node = Node::parse(&bytes[at..]).ok_or_else(damaged)?;
+                if node.flags & NESTED != 0 {
+                    let name = self.path.display().to_string();
+                    let found = "one that holds named databases, or several values for a key";
+                    return Err(Error::format(&name, "an LMDB database of image files", found));
+                }
                 nodes.push(number * self.page + at as u64);
             }
             if nodes.len() as u64 > meta.entries {
@@ -235,10 +253,10 @@ impl Lmdb {
 
     /// The bytes of a node and of what follows in its page, as far as a key and a page number can reach.
     fn node_bytes(&self, index: usize, most: usize) -> Result<Vec<u8>> {
-        let at = self.nodes[index];
+        let at = *self.nodes.get(index).ok_or_else(|| self.broken(format!("no entry {index}")))?;
         let left = (self.page - at % self.page) as usize;
         let mut bytes = vec![0; left.min(most)];
-        self.file.read_exact_at(&mut bytes, at).map_err(|e| self.broken(e))?;
+        self.file.read_exact_at(&mut bytes, at).map_err(|e| self.unread(e))?;
         Ok(bytes)
     }
 
@@ -278,13 +296,13 @@ impl Lmdb {
         let start = first.checked_mul(self.page).and_then(|at| at.checked_add(PAGE_HEADER as u64));
         let inside = |start: &u64| start.checked_add(claimed).is_some_and(|end| end <= self.file.length());
         let start = start.filter(inside).ok_or_else(damaged)?;
-        self.file.read_exact_at(&mut header, start - PAGE_HEADER as u64).map_err(|e| self.broken(e))?;
+        self.file.read_exact_at(&mut header, start - PAGE_HEADER as u64).map_err(|e| self.unread(e))?;
         let flags = u16_at(&header, 10).unwrap_or(0);
         if u64_at(&header, 0) != Some(first) || flags & OVERFLOW == 0 {
             return Err(damaged());
         }
         let mut value = vec![0; size];
-        self.file.read_exact_at(&mut value, start).map_err(|e| self.broken(e))?;
+        self.file.read_exact_at(&mut value, start).map_err(|e| self.unread(e))?;
         Ok(value)
     }
 }
@@ -352,6 +370,20 @@ mod tests {
         let mut outside = IMAGES.to_vec();
         outside[root * 4096 + PAGE_HEADER..][..2].copy_from_slice(&4095_u16.to_le_bytes());
         assert!(message(&outside).contains("outside of itself"));
+        // A root whose place is beyond all numbers.
+        let mut far = IMAGES.to_vec();
+        for page in [0, 4096] {
+            far[page + PAGE_HEADER + 112..][..8].copy_from_slice(&((1_u64 << 52) - 1).to_le_bytes());
+        }
+        assert!(message(&far).contains("behind the file's end"), "{}", message(&far));
+        // A leaf's first node says that it holds a database.
+        let leaf = (0..IMAGES.len() / 4096)
+            .find(|page| u16_at(IMAGES, page * 4096 + 10) == Some(LEAF) && page * 4096 > 8192)
+            .expect("entries lie in leaves");
+        let mut named = IMAGES.to_vec();
+        let node = leaf * 4096 + usize::from(u16_at(IMAGES, leaf * 4096 + PAGE_HEADER).unwrap());
+        named[node + 4] |= 0x02;
+        assert!(message(&named).contains("named databases"), "{}", message(&named));
         let missing = Lmdb::open(Path::new("nowhere")).err().unwrap().to_string();
         assert!(missing.contains("data.mdb"), "{missing}");
     }

@@ -85,8 +85,15 @@ impl Shards {
     }
 }
 
-/// Whether a folder holds arrays of images.
+/// Whether a folder holds arrays of images, and nothing else.
 pub(crate) fn is_folder_of_arrays(folder: &Path) -> Result<bool> {
+    for entry in std::fs::read_dir(folder).map_err(Error::io("list", folder))? {
+        let path = entry.map_err(Error::io("list", folder))?.path();
+        let hidden = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
+        if !hidden && path.extension().is_none_or(|e| e != "npy") {
+            return Ok(false);
+        }
+    }
     Ok(!arrays_in(folder)?.is_empty())
 }
 
@@ -223,15 +230,18 @@ pub fn pack(
     if folder.exists() {
         return Err(argument("folder of shards", "a new one", format!("{} is there", folder.display())));
     }
-    let mut partial = folder.as_os_str().to_owned();
-    partial.push(".partial");
-    let partial = PathBuf::from(partial);
-    if partial.exists() {
-        std::fs::remove_dir_all(&partial).map_err(Error::io("remove", &partial))?;
-    }
-    std::fs::create_dir_all(&partial).map_err(Error::io("create", &partial))?;
-    let mut packer =
-        Packer { folder: &partial, shape: set.shape(), per_shard: packing.per_shard, file: None, shards: 0 };
+    let place = folder.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    std::fs::create_dir_all(place).map_err(Error::io("create", place))?;
+    // A name of its own beside the place: whatever fails, it is removed, and two that pack at once do not meet.
+    let partial = tempfile::Builder::new().prefix(".packing-").tempdir_in(place);
+    let partial = partial.map_err(Error::io("create", place))?;
+    let mut packer = Packer {
+        folder: partial.path(),
+        shape: set.shape(),
+        per_shard: packing.per_shard,
+        file: None,
+        shards: 0,
+    };
     let (mut labels, mut left_out) = (Vec::new(), Vec::new());
     for first in (0..set.len()).step_by(CHUNK) {
         let end = set.len().min(first + CHUNK);
@@ -241,7 +251,7 @@ pub fn pack(
         for (index, image) in (first..end).zip(images) {
             match image {
                 Ok(pixels) => packer.add(&pixels)?,
-                Err(error @ Error::Corrupt { .. }) if packing.max_corrupt > 0 => {
+                Err(error) if error.is_of_image() && packing.max_corrupt > 0 => {
                     left_out.push(error.to_string());
                     let (count, most) = (left_out.len(), packing.max_corrupt);
                     if count > most {
@@ -256,11 +266,17 @@ pub fn pack(
         watch(end);
     }
     packer.finish()?;
+    if packer.shards == 0 {
+        let reason = format!("none of {} images decodes", set.len());
+        return Err(Error::Empty { place: set.source().into(), reason });
+    }
     if !labels.is_empty() {
         let values: Vec<u8> = labels.iter().flat_map(|&label| i64::from(label).to_le_bytes()).collect();
-        write_whole(&partial.join(LABELS), |file| npy::write(file, IntType::I64, &[labels.len()], &values))?;
+        write_whole(&partial.path().join(LABELS), |file| {
+            npy::write(file, IntType::I64, &[labels.len()], &values)
+        })?;
     }
-    std::fs::rename(&partial, folder).map_err(Error::io("rename", &partial))?;
+    std::fs::rename(partial.path(), folder).map_err(Error::io("rename", folder))?;
     Ok(left_out)
 }
 
@@ -335,10 +351,12 @@ mod tests {
     #[test]
     fn a_packed_set_comes_back_image_for_image() {
         let dir = tempfile::tempdir().unwrap();
-        let folder = dir.path().join("packed");
+        // A slash behind the name, as a shell completes it.
+        let folder = dir.path().join("new/packed/");
         let mut seen = Vec::new();
         pack(&set(), &folder, of(3), &mut |done| seen.push(done)).unwrap();
         assert_eq!(seen, [7]);
+        assert_eq!(std::fs::read_dir(dir.path().join("new")).unwrap().count(), 1, "nothing else is left");
         let back = Shards::open(&folder, true, None).unwrap();
         assert_eq!((back.shards.len(), back.len(), back.shape()), (3, 7, set().shape()));
         assert_eq!(back.labels(), set().labels());

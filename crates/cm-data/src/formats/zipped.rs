@@ -4,7 +4,9 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use rawzip::{CompressionMethod, FileReader, RECOMMENDED_BUFFER_SIZE, ZipArchive, ZipArchiveEntryWayfinder};
+use rawzip::{
+    CompressionMethod, ErrorKind, FileReader, RECOMMENDED_BUFFER_SIZE, ZipArchive, ZipArchiveEntryWayfinder,
+};
 
 use super::files::{has_controls, is_hidden, is_image, shown};
 use crate::error::{Error, Result};
@@ -140,7 +142,10 @@ impl Zipped {
         if claimed > limit {
             return Err(Error::TooLarge { file, what: "bytes for a member", claimed, limit });
         }
-        let entry = self.archive.get_entry(member.way).map_err(|e| Error::corrupt(&file, e))?;
+        let entry = self.archive.get_entry(member.way).map_err(|error| match error.into_kind() {
+            ErrorKind::IO(cause) if cause.raw_os_error().is_some() => Error::io("read", &self.place)(cause),
+            other => Error::corrupt(&file, other),
+        })?;
         // Both sizes are claims; the archive's own length is not.
         let packed = member.way.compressed_size_hint().min(self.stored);
         let capacity = if member.deflated { packed.saturating_mul(DEFLATE_RATIO) } else { packed };
