@@ -73,7 +73,6 @@ fn window(rows: i64) -> Option<Window> {
 
 /// libtorch's dropout, whose mask is that of the image in the whole batch; see [`Rows`]. The first dimension of `x`
 /// counts images.
-#[must_use]
 pub fn dropout(x: &Tensor, p: f64, train: bool) -> Tensor {
     let size = x.size();
     let window = size.first().and_then(|&rows| window(rows));
@@ -92,7 +91,6 @@ pub fn dropout(x: &Tensor, p: f64, train: bool) -> Tensor {
 }
 
 /// Uniform numbers in [0, 1), one for each of `rows` images, as a column `[rows, 1]`; see [`Rows`].
-#[must_use]
 pub fn uniform_rows(rows: i64, device: Device) -> Tensor {
     let draw = |rows: i64| Tensor::rand([rows, 1], (Kind::Float, device));
     match window(rows) {

@@ -40,7 +40,7 @@ impl ProcessGroup {
             let mut start = 0;
             for tensor in bucket {
                 let length = tensor.numel() as i64;
-                let part = flat.f_narrow(0, start, length)?.f_view_as(*tensor)?;
+                let part = flat.f_narrow(0, start, length)?.f_view_as(tensor)?;
                 tensor.f_detach()?.f_copy_(&part)?;
                 start += length;
             }
