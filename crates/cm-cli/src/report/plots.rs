@@ -1,6 +1,6 @@
 //! The pictures of a report, in the manner of the paper's figures.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use cm_data::{Batch, LabelRule, SourceSpec, Split};
@@ -117,14 +117,11 @@ fn series(name: &str, points: Vec<(f64, Spread)>) -> Option<Series> {
     (!means.is_empty()).then(|| Series::new(name, means).with_spread(spread))
 }
 
-/// Samples of all models with equal seeds, in one step and in two. `model` gives a trial's file and the options of its
-/// sampler for so many steps.
-pub fn samples(
-    results: &Results,
-    data: &SourceSpec,
-    out: &Path,
-    model: &dyn Fn(&str, u64) -> Option<(std::path::PathBuf, String)>,
-) -> Result<Vec<Drawn>> {
+/// The file of a trial's model, and the options of its sampler for so many steps.
+pub type ModelOf<'a> = dyn Fn(&str, u64) -> Option<(PathBuf, String)> + 'a;
+
+/// Samples of all models with equal seeds, in one step and in two.
+pub fn samples(results: &Results, data: &SourceSpec, out: &Path, model: &ModelOf<'_>) -> Result<Vec<Drawn>> {
     let trained = |trial: &&&str| results.of(trial).any(|run| run.failed.is_none());
     let mut drawn = Vec::new();
     for (name, what, steps) in SAMPLES {
