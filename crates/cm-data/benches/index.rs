@@ -56,7 +56,7 @@ fn make_folder(root: &Path, images: &[Vec<u8>]) -> std::io::Result<()> {
 fn make_zip(path: &Path, images: &[Vec<u8>]) -> Result<(), Box<dyn std::error::Error>> {
     let mut archive = rawzip::ZipArchiveWriter::new(BufWriter::new(File::create(path)?));
     for entry in 0..entries() {
-        let (mut file, config) = archive.new_file(&name(entry)).start()?;
+        let (mut file, config) = archive.new_file(name(entry)).start()?;
         let mut writer = config.wrap(&mut file);
         writer.write_all(&images[entry % IMAGES])?;
         let (_, descriptor) = writer.finish()?;
