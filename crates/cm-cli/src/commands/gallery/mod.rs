@@ -24,7 +24,6 @@ const SIDE: i64 = 32;
 
 /// Held-out emoji by what they show.
 mod emoji {
-    pub const CANADA: i64 = 6;
     pub const SUNRISE: i64 = 30;
     pub const EARTH: i64 = 31;
     pub const BLOSSOM: i64 = 35;
@@ -142,10 +141,10 @@ impl<'a> Gallery<'a> {
 
 fn inpaint(gallery: &Gallery<'_>) -> Result<Vec<Edited>> {
     let holes = [
-        (emoji::SURPRISE, (16, 0), (16, 32)),
-        (emoji::BLOSSOM, (8, 8), (16, 16)),
-        (emoji::WHALE, (0, 16), (32, 16)),
-        (emoji::CANADA, (0, 0), (16, 32)),
+        (emoji::SURPRISE, (19, 0), (13, 32)),
+        (emoji::SADNESS, (4, 18), (24, 10)),
+        (emoji::WHALE, (0, 22), (32, 10)),
+        (emoji::HEART, (8, 8), (12, 12)),
     ];
     let editor = gallery.editor(&SEEDS);
     let fill = |(index, at, size)| editor.inpaint(&gallery.picture(index), &gallery.mask(at, size));
@@ -182,16 +181,16 @@ fn denoise(gallery: &Gallery<'_>) -> Result<Vec<Edited>> {
 }
 
 fn interpolate(gallery: &Gallery<'_>) -> Result<Vec<Edited>> {
-    let pairs: [[u64; 2]; 3] = [[0, 1], [2, 3], [4, 5]];
+    let pairs: [[u64; 2]; 3] = [[42, 46], [12, 48], [8, 20]];
     pairs.iter().map(|pair| gallery.editor(pair).interpolate(6)).collect()
 }
 
 fn outpaint(gallery: &Gallery<'_>) -> Result<Vec<Edited>> {
     // The middle of a picture, on the middle of the canvas; then a half at its edge.
     let cuts = [
-        (emoji::SADNESS, (8, 8), (16, 16)),
-        (emoji::EARTH, (0, 0), (16, 32)),
-        (emoji::BURGER, (0, 0), (32, 16)),
+        (emoji::SADNESS, (5, 5), (22, 22)),
+        (emoji::EARTH, (0, 0), (22, 32)),
+        (emoji::BURGER, (0, 0), (32, 24)),
     ];
     let editor = gallery.editor(&SEEDS);
     let extend = |(index, (x, y), (width, height)): (i64, (i64, i64), (i64, i64))| {
