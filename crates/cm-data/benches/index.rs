@@ -86,7 +86,10 @@ fn open(kind: SourceKind, path: &Path) {
     println!("{}: {} entries open in {seconds:.2} s, {bytes:.0} bytes an entry", kind.name(), entries());
     // What the allocator keeps of the work counts too; of small sets that is more than the index.
     let counts = entries() >= 1_000_000;
-    assert!(!counts || (bytes <= MOST.0 && seconds <= MOST.1), "more than {MOST:?} bytes an entry and seconds");
+    assert!(
+        !counts || (bytes <= MOST.0 && seconds <= MOST.1),
+        "more than {MOST:?} bytes an entry and seconds"
+    );
 }
 
 fn main() {
