@@ -390,7 +390,7 @@ fn corrupt_images_are_passed_over_named_and_counted_up_to_a_limit() {
     assert!(passing.corrupt().is_empty(), "each is told once");
 
     let error = message(loader(&dir, 2).batch_at(0));
-    assert!(error.contains("3 images do not decode, and data.max_corrupt = 2"), "{error}");
+    assert!(error.contains("3 images do not decode, and max_corrupt = 2"), "{error}");
     assert!(message(loader(&dir, 0).batch_at(0)).contains(".png: cannot decode"));
     let all: Vec<usize> = (0..10).collect();
     assert!(message(loader(&with_corrupt(&all), 10).batch_at(0)).contains("10 images do not decode"));
