@@ -58,11 +58,11 @@ fn read(path: &Path) -> Bundle {
 }
 
 fn bytes(tensor: &Tensor) -> Vec<u8> {
-    let flat = tensor.contiguous().view([-1]);
-    let mut bytes = vec![0; flat.numel() * flat.kind().elt_size_in_bytes()];
-    flat.copy_data_u8(&mut bytes, flat.numel());
-    assert!(flat.kind() != Kind::Float || flat.isfinite().all().int64_value(&[]) == 1, "weights are finite");
-    bytes
+    assert!(
+        tensor.kind() != Kind::Float || tensor.isfinite().all().int64_value(&[]) == 1,
+        "weights are finite"
+    );
+    cm_model::tensor_bytes(tensor)
 }
 
 /// Everything but the files' checksums: the order of keys in a file's head is free.

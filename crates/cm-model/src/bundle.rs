@@ -180,14 +180,20 @@ impl View for TensorView<'_> {
         &self.shape
     }
     fn data(&self) -> Cow<'_, [u8]> {
-        let flat = self.tensor.detach().to_device(Device::Cpu).contiguous();
-        let mut bytes = vec![0u8; self.data_len()];
-        flat.copy_data_u8(&mut bytes, flat.numel());
-        Cow::Owned(bytes)
+        Cow::Owned(tensor_bytes(self.tensor))
     }
     fn data_len(&self) -> usize {
         self.shape.iter().product::<usize>() * self.tensor.kind().elt_size_in_bytes()
     }
+}
+
+/// The values of a tensor one behind the other, as they lie in memory; of one on a GPU, copied from there.
+#[must_use]
+pub fn tensor_bytes(tensor: &Tensor) -> Vec<u8> {
+    let flat = tensor.detach().to_device(Device::Cpu).contiguous().view([-1]);
+    let mut bytes = vec![0; flat.numel() * flat.kind().elt_size_in_bytes()];
+    flat.copy_data_u8(&mut bytes, flat.numel());
+    bytes
 }
 
 fn tensor_from_bytes(bytes: &[u8], size: &[i64], kind: Kind) -> Result<Tensor> {

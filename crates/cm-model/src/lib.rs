@@ -23,7 +23,7 @@ mod shape;
 mod text;
 mod traits;
 
-pub use bundle::{Bundle, TensorInfo};
+pub use bundle::{Bundle, TensorInfo, tensor_bytes};
 pub use cm_schedule as schedule;
 pub use cm_torch as torch;
 pub use cond::{Cond, Mode, Sigma};

@@ -215,10 +215,7 @@ fn optimizer_state(state: &[(String, Tensor)]) -> std::collections::BTreeMap<Str
 
 /// CRC-32 of a tensor's bytes.
 fn checksum(tensor: &Tensor) -> u32 {
-    let flat = tensor.contiguous().view([-1]);
-    let mut bytes = vec![0; flat.numel() * flat.kind().elt_size_in_bytes()];
-    flat.copy_data_u8(&mut bytes, flat.numel());
-    crc32fast::hash(&bytes)
+    crc32fast::hash(&cm_model::tensor_bytes(tensor))
 }
 
 #[cfg(test)]

@@ -93,7 +93,6 @@ fn write_json(path: &Path, value: &serde_json::Value) -> Result<()> {
 
 /// A state dict as `torch.save` writes it, in its zip form.
 fn write_torch(path: &Path, tensors: &TensorMap) -> Result<()> {
-    let flat = |tensor: &Tensor| tensor.detach().to_device(tch::Device::Cpu).contiguous();
     let kinds = tensors.values().map(Tensor::kind);
     if let Some(kind) = kinds.into_iter().find(|kind| torch::storage_name(*kind).is_none()) {
         return Err(problem(path, format!("torch.save's form has no name for the dtype {kind:?}")));
@@ -111,10 +110,7 @@ fn write_torch(path: &Path, tensors: &TensorMap) -> Result<()> {
         write("data.pkl", &pickle_of(tensors))?;
         write("byteorder", b"little")?;
         for (key, tensor) in tensors.values().enumerate() {
-            let tensor = flat(tensor);
-            let mut bytes = vec![0; tensor.numel() * tensor.kind().elt_size_in_bytes()];
-            tensor.copy_data_u8(&mut bytes, tensor.numel());
-            write(&format!("data/{key}"), &bytes)?;
+            write(&format!("data/{key}"), &cm_model::tensor_bytes(tensor))?;
         }
         write("version", b"3\n")?;
         archive.finish()?;

@@ -103,10 +103,7 @@ fn digest_of(tensors: &TensorMap) -> String {
     let mut pieces = Vec::new();
     for (name, tensor) in tensors {
         pieces.push(format!("{name} {:?} {:?}\n", tensor.kind(), tensor.size()).into_bytes());
-        let flat = tensor.contiguous().view([-1]);
-        let mut bytes = vec![0; flat.numel() * flat.kind().elt_size_in_bytes()];
-        flat.copy_data_u8(&mut bytes, flat.numel());
-        pieces.push(bytes);
+        pieces.push(cm_model::tensor_bytes(tensor));
     }
     digest::of_bytes(pieces.iter().map(Vec::as_slice))
 }

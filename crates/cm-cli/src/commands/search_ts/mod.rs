@@ -132,10 +132,7 @@ fn checksum(tensors: &TensorMap) -> String {
     let mut hasher = crc32fast::Hasher::new();
     for (name, tensor) in tensors {
         hasher.update(name.as_bytes());
-        let flat = tensor.contiguous().view([-1]);
-        let mut bytes = vec![0; flat.numel() * flat.kind().elt_size_in_bytes()];
-        flat.copy_data_u8(&mut bytes, flat.numel());
-        hasher.update(&bytes);
+        hasher.update(&cm_model::tensor_bytes(tensor));
     }
     format!("{:08x}", hasher.finalize())
 }
