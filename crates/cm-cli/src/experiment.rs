@@ -180,7 +180,7 @@ impl Experiment {
         }
         // Files are decoded when they are drawn: images of a wrong size are better found before a network is built.
         match data.get(0) {
-            Err(cm_data::Error::Corrupt { .. }) if self.data.max_corrupt > 0 => {}
+            Err(error) if error.is_of_image() && self.data.max_corrupt > 0 => {}
             first => drop(first?),
         }
         let (classes, known) = (self.network.num_classes(), data.num_classes() as i64);

@@ -143,7 +143,7 @@ fn seen(data: &dyn Dataset) -> Result<Value> {
         pieces.push(match data.get(index as usize) {
             Ok(sample) => sample.pixels,
             // Whether it may be passed over is training's to say; that it is broken is all that can be compared.
-            Err(cm_data::Error::Corrupt { .. }) => b"does not decode".to_vec(),
+            Err(error) if error.is_of_image() => b"does not decode".to_vec(),
             Err(other) => return Err(other.into()),
         });
         pieces.push(data.labels().map_or(Vec::new(), |all| all[index as usize].to_le_bytes().to_vec()));

@@ -247,7 +247,7 @@ pub enum Error {
 
 impl Error {
     /// Whether it is the fault of one image, which can be passed over; what the system refuses is none.
-    pub(crate) fn is_of_image(&self) -> bool {
+    pub fn is_of_image(&self) -> bool {
         matches!(self, Error::Corrupt { .. } | Error::TooLarge { .. } | Error::Length { .. })
     }
 

@@ -407,10 +407,10 @@ fn shards_take_no_changes_and_leave_out_what_does_not_decode() {
     let set = wanted.open().unwrap();
     let out = dir.path().join("packed");
     let packing = |max_corrupt| Packing { per_shard: 3, max_corrupt };
-    assert!(message(shards::pack(&*set, &out, packing(0), &mut |_| ())).contains("0.png: cannot decode"));
-    assert!(message(shards::pack(&*set, &out, packing(1), &mut |_| ())).contains("max_corrupt = 1"));
+    assert!(message(shards::pack(&*set, &out, packing(0), &mut |_| true)).contains("0.png: cannot decode"));
+    assert!(message(shards::pack(&*set, &out, packing(1), &mut |_| true)).contains("max_corrupt = 1"));
     assert!(!out.exists());
-    let left_out = shards::pack(&*set, &out, packing(2), &mut |_| ()).unwrap();
+    let left_out = shards::pack(&*set, &out, packing(2), &mut |_| true).unwrap().unwrap();
     assert!(left_out.len() == 2 && left_out[1].contains("7.png"), "{left_out:?}");
     let packed = spec(SourceKind::Shards, &out);
     let back = packed.open().unwrap();

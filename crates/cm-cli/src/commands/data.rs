@@ -1,6 +1,7 @@
 //! `cm data`: look at data sets, fetch CIFAR-10.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use anyhow::{Result, anyhow, bail};
@@ -10,8 +11,9 @@ use cm_data::{InspectOptions, SourceKind, SourceSpec, cifar, inspect};
 use toml::Table;
 
 use super::fetch::with_progress;
+use super::session;
 use crate::args::{DataCommand, PackArgs};
-use crate::exit::{OrUsage, Outcome};
+use crate::exit::{Failure, OrUsage, Outcome};
 use crate::pictures;
 use crate::ui::Bar;
 
@@ -41,13 +43,18 @@ fn pack(args: &PackArgs) -> Outcome {
     let set = source(args).and_then(|spec| Ok(spec.open()?)).or_usage()?;
     eprintln!("{}: {} images of {}", set.source(), set.len(), set.shape());
     let (mut bar, started) = (Bar::new("pack", "images", 0, set.len() as u64), Instant::now());
+    let stop = session::stop_on_signal()?;
     let packing = Packing { per_shard: args.per_shard, max_corrupt: args.max_corrupt };
     let packed = shards::pack(&*set, &args.out, packing, &mut |done| {
         let rate = done as f64 / started.elapsed().as_secs_f64().max(1e-9);
         bar.set(done as u64, format!("{rate:.0} img/s"));
+        !stop.load(Ordering::Relaxed)
     });
     bar.finish();
-    for problem in packed.or_usage()? {
+    let Some(left_out) = packed.or_usage()? else {
+        return Err(Failure::Interrupted(format!("{} was not written", args.out.display())));
+    };
+    for problem in left_out {
         eprintln!("WARNING: left out: {problem}");
     }
     println!("{}", args.out.display());

@@ -63,7 +63,7 @@ pub fn stop_on_signal() -> Result<Arc<AtomicBool>> {
             None => first = Some(Instant::now()),
         }
         flag.store(true, Ordering::Relaxed);
-        ui::say("\nfinishing the step and saving; press Ctrl-C again to stop at once, without saving");
+        ui::say("\nstopping at the next place to go on from; press Ctrl-C again to stop at once");
     })
     .context("setting up Ctrl-C")?;
     Ok(stop)

@@ -211,7 +211,8 @@ pub struct Packing {
 }
 
 /// Writes a set as shards into the new folder `folder`, which appears when all is written, and returns what is wrong with
-/// the images that were left out. `watch` is told how many images are done.
+/// the images that were left out. `watch` is told how many images are done and says whether to go on; if not, nothing is
+/// left and `None` is returned.
 ///
 /// # Errors
 /// [`Error::Argument`] for shards of no images or a folder that is there; [`Error::TooManyCorrupt`]; those of reading the
@@ -220,8 +221,8 @@ pub fn pack(
     set: &dyn Dataset,
     folder: &Path,
     packing: Packing,
-    watch: &mut dyn FnMut(usize),
-) -> Result<Vec<String>> {
+    watch: &mut dyn FnMut(usize) -> bool,
+) -> Result<Option<Vec<String>>> {
     let argument =
         |what, expected: &str, got: String| Error::Argument { what, expected: expected.into(), got };
     if packing.per_shard == 0 {
@@ -233,8 +234,7 @@ pub fn pack(
     let place = folder.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     std::fs::create_dir_all(place).map_err(Error::io("create", place))?;
     // A name of its own beside the place: whatever fails, it is removed, and two that pack at once do not meet.
-    let partial = tempfile::Builder::new().prefix(".packing-").tempdir_in(place);
-    let partial = partial.map_err(Error::io("create", place))?;
+    let partial = temporary_folder(place)?;
     let mut packer = Packer {
         folder: partial.path(),
         shape: set.shape(),
@@ -263,7 +263,9 @@ pub fn pack(
             }
             labels.extend(set.labels().map(|all| all[index]));
         }
-        watch(end);
+        if !watch(end) {
+            return Ok(None);
+        }
     }
     packer.finish()?;
     if packer.shards == 0 {
@@ -277,7 +279,19 @@ pub fn pack(
         })?;
     }
     std::fs::rename(partial.path(), folder).map_err(Error::io("rename", folder))?;
-    Ok(left_out)
+    Ok(Some(left_out))
+}
+
+/// A folder with the permissions that an ordinary new one would get.
+fn temporary_folder(place: &Path) -> Result<tempfile::TempDir> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".packing-");
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        builder.permissions(std::fs::Permissions::from_mode(0o777));
+    }
+    builder.tempdir_in(place).map_err(Error::io("create", place))
 }
 
 /// Images that are decoded at a time.
@@ -354,7 +368,11 @@ mod tests {
         // A slash behind the name, as a shell completes it.
         let folder = dir.path().join("new/packed/");
         let mut seen = Vec::new();
-        pack(&set(), &folder, of(3), &mut |done| seen.push(done)).unwrap();
+        pack(&set(), &folder, of(3), &mut |done| {
+            seen.push(done);
+            true
+        })
+        .unwrap();
         assert_eq!(seen, [7]);
         assert_eq!(std::fs::read_dir(dir.path().join("new")).unwrap().count(), 1, "nothing else is left");
         let back = Shards::open(&folder, true, None).unwrap();
@@ -368,7 +386,26 @@ mod tests {
         assert_eq!(Shards::open(&folder, false, None).unwrap().labels(), None);
         let one = Shards::open(&folder.join("images-00001.npy"), true, None).unwrap();
         assert_eq!((one.len(), one.get(0).unwrap().pixels), (3, set().get(3).unwrap().pixels));
-        assert!(pack(&set(), &folder, of(3), &mut |_| ()).unwrap_err().to_string().contains("is there"));
+        assert!(pack(&set(), &folder, of(3), &mut |_| true).unwrap_err().to_string().contains("is there"));
+    }
+
+    #[test]
+    fn packing_that_is_stopped_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(pack(&set(), &dir.path().join("packed"), of(3), &mut |_| false).unwrap(), None);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn others_may_read_what_was_packed() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let [packed, plain] = ["packed", "plain"].map(|name| dir.path().join(name));
+        pack(&set(), &packed, of(3), &mut |_| true).unwrap();
+        std::fs::create_dir(&plain).unwrap();
+        let mode = |path: &Path| path.metadata().unwrap().permissions().mode();
+        assert_eq!(mode(&packed), mode(&plain));
     }
 
     #[test]
@@ -376,7 +413,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         assert!(message(Shards::open(dir.path(), true, None)).contains("cm data pack"));
         let folder = dir.path().join("packed");
-        pack(&set(), &folder, of(4), &mut |_| ()).unwrap();
+        pack(&set(), &folder, of(4), &mut |_| true).unwrap();
         let error = message(Shards::open(&folder, true, Some(3)));
         assert!(error.ends_with("labels.npy: image 0: label 3 is outside 0..=2"), "{error}");
         let second = folder.join("images-00001.npy");
@@ -401,7 +438,7 @@ mod tests {
     fn a_file_that_shrinks_later_is_an_error_and_no_crash() {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().join("packed");
-        pack(&set(), &folder, of(7), &mut |_| ()).unwrap();
+        pack(&set(), &folder, of(7), &mut |_| true).unwrap();
         let set = Shards::open(&folder, true, None).unwrap();
         std::fs::write(folder.join("images-00000.npy"), b"").unwrap();
         assert!(matches!(set.get(3), Err(Error::Io { .. })));
