@@ -5,6 +5,8 @@
 //! `crates/cm-train/src/tests/hostile.rs`. docs/reliability.md lists them all.
 
 mod archives;
+#[path = "../../crates/cm-net/tests/common/mod.rs"]
+mod common;
 mod data;
 mod images;
 mod models;

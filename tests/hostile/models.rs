@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 
 use cm_model::TensorMap;
 use cm_net::import::{Architecture, Kind, describe, export_diffusers, load_any};
-use cm_net::{AttnHeads, ModelFile, ModelSpec, NetSpec, OpenaiUnetSpec, Role, save_model};
+use cm_net::{ModelFile, ModelSpec, NetSpec, OpenaiUnetSpec, Role, save_model};
 use cm_torch::device::DeviceSpec;
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -16,19 +16,7 @@ use crate::mutate::{assert_memory_bounded, assert_one_line, config, damaged_text
 use crate::safetensors::{net, precond};
 
 fn openai() -> OpenaiUnetSpec {
-    OpenaiUnetSpec {
-        image_size: 8,
-        image_channels: 3,
-        num_classes: 0,
-        model_channels: 32,
-        channel_mult: vec![1, 2],
-        num_blocks: 1,
-        attn_resolutions: vec![4],
-        attn_heads: AttnHeads::HeadChannels(32),
-        dropout: 0.0,
-        scale_shift_norm: true,
-        resblock_updown: true,
-    }
+    OpenaiUnetSpec { num_classes: 0, dropout: 0.0, ..crate::common::openai() }
 }
 
 /// A folder of diffusers with a whole model.

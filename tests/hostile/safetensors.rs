@@ -7,9 +7,7 @@ use std::sync::LazyLock;
 use cm_model::schedule::NoiseCond;
 use cm_model::{Bundle, LpipsNet, LpipsReading, LpipsSpec};
 use cm_net::import::{describe, load_any};
-use cm_net::{
-    Encoder, Inception, Lpips, ModelFile, ModelSpec, NoiseEmbedding, PrecondSpec, Role, SongUnetSpec, inspect,
-};
+use cm_net::{Inception, Lpips, ModelFile, ModelSpec, PrecondSpec, Role, SongUnetSpec, inspect};
 use proptest::prelude::*;
 use tch::{Device, Kind, Tensor};
 
@@ -19,22 +17,11 @@ use crate::mutate::{assert_memory_bounded, assert_one_line, config, damaged, dam
 /// A small network.
 pub fn net() -> SongUnetSpec {
     SongUnetSpec {
-        image_size: 8,
         image_channels: 1,
         num_classes: 3,
-        augment_dim: 0,
         model_channels: 4,
-        channel_mult: vec![1, 2],
         channel_mult_emb: 1,
-        num_blocks: 1,
-        attn_resolutions: vec![4],
-        dropout: 0.1,
-        label_dropout: 0.0,
-        embedding: NoiseEmbedding::Positional {},
-        channel_mult_noise: 1,
-        encoder: Encoder::Standard,
-        decoder: cm_net::Decoder::Standard,
-        resample_filter: vec![1.0, 1.0],
+        ..crate::common::song()
     }
 }
 
