@@ -34,7 +34,6 @@ pub fn page(
     text += &teacher(results);
     text += "\n## Pictures\n";
     for (name, what) in drawn {
-        // A title that ends in a full stop reads as a sentence; these do not.
         let _ = write!(text, "\n{what}:\n\n![{what}]({})\n", picture(name));
     }
     text
