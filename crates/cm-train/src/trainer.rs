@@ -184,7 +184,8 @@ impl<M: Trainable> Trainer<M> {
         Ok(use_model(&self.student))
     }
 
-    /// Takes one step on a batch, or on this rank's [`rows`](Trainer::rows) of one: of Algorithm 2 or 3 (Song et al. 2023), or of whatever the recipe says.
+    /// Takes one step on a batch, or on this rank's [`rows`](Trainer::rows) of one: of Algorithm 2 or 3 (Song et al.
+    /// 2023), or of whatever the recipe says.
     ///
     /// Where a stage of progressive distillation begins, the student first becomes the teacher.
     ///
