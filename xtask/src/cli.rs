@@ -91,7 +91,7 @@ All arguments go to `cm gallery`; `cargo xtask cm gallery --help` lists them.")]
 
     /// Make the paper's comparisons on a data set: train, measure, judge the claims, draw
     #[command(after_help = "Examples:
-  cargo xtask report --quick          20 minutes on two cores; into out/report
+  cargo xtask report --quick          12 minutes on two cores; into out/report
   cargo xtask report                  three seeds of every trial: hours
   cargo xtask report --publish        also into docs/
 

@@ -12,7 +12,7 @@ use crate::report::trial_names;
 pub const REPORT_EXAMPLES: &str = "\
 Examples:
   cm report                                      digits, three seeds of each trial: hours on a CPU
-  cm report --quick --out out/quick              one seed, short runs: 20 minutes on two cores
+  cm report --quick --out out/quick              one seed, short runs: 12 minutes on two cores
   cm report --trials cd,pd,ect --seeds 3 --budget 64000 --out out/three
   cm report --data emoji --device cuda
   cm report --data fashion --images /usr/share/datasets/fashion-mnist --device cuda
