@@ -7,7 +7,7 @@ use anyhow::Result;
 use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand};
 
-use crate::{ci, doctor, exports, fuzz, runner, setup, tidy, tools, torture};
+use crate::{ci, doctor, exports, fuzz, runner, setup, soak, tidy, tools, torture};
 
 /// Set libtorch up, then build, test, train and sample with it.
 ///
@@ -160,6 +160,12 @@ All arguments go to `cm fetch`; `cargo xtask cm fetch --help` lists them.")]
 A table at the end, and torture.json in the folder; exit code 1 if anything did not hold, and the runs stay then.")]
     Torture(TortureArgs),
 
+    /// Train for hours and watch memory, file handles and steps a second: all must stay flat
+    #[command(after_help = "Examples:
+  cargo xtask soak                            two hours of digits
+  cargo xtask soak --hours 0.1 --config emoji-ect --out out/short")]
+    Soak(SoakArgs),
+
     /// Fuzz the parsers of outside bytes, guided by what of their code the bytes reach
     #[command(after_help = "Examples:
   cargo xtask fuzz                    every target, a million executions each
@@ -228,6 +234,23 @@ pub struct TortureArgs {
     pub out: PathBuf,
 }
 
+/// What is soaked, and how long.
+#[derive(Args)]
+pub struct SoakArgs {
+    /// How long it trains
+    #[arg(long, value_name = "HOURS", default_value = "2")]
+    pub hours: f64,
+    /// The experiment: a preset or a file
+    #[arg(long, value_name = "NAME|FILE", default_value = "digits-ect")]
+    pub config: String,
+    /// A setting of it that differs, as of `cm train`
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub sets: Vec<String>,
+    /// Folder for the run and the result
+    #[arg(long, value_name = "DIR", default_value = "out/soak")]
+    pub out: PathBuf,
+}
+
 /// What is fuzzed, and how long.
 #[derive(Args)]
 pub struct FuzzArgs {
@@ -262,6 +285,7 @@ pub fn run(cli: Cli) -> Result<u8> {
         Command::Tidy => tidy::run(),
         Command::Fuzz(args) => fuzz::run(&args),
         Command::Torture(args) => torture::run(&args),
+        Command::Soak(args) => soak::run(&args),
         Command::Ci(args) => ci::run(&args),
         Command::Build(rest) => runner::cargo_on_workspace(&["build", "--release"], rest.args),
         Command::Test(rest) => runner::cargo_on_workspace(&["test", "--release"], rest.args),

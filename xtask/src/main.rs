@@ -16,6 +16,7 @@ mod progress;
 mod python;
 mod runner;
 mod setup;
+mod soak;
 mod tidy;
 mod tools;
 mod torture;
