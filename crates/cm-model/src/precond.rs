@@ -1,5 +1,5 @@
 use cm_schedule::{Boundary, Edm, Precond, SigmaRange, reference};
-use cm_torch::{autocast::Autocast, memory_format, rng};
+use cm_torch::{autocast::Autocast, fused::Packing, memory_format, rng};
 use tch::{Device, Kind, Tensor};
 
 use crate::{Backbone, Cond, ConsistencyFn, Denoiser, ImageShape, Mode, Result, Sigma};
@@ -79,6 +79,8 @@ impl<N: Backbone, P: Precond> Preconditioned<N, P> {
 
     fn sample_mode(&self, x: &Tensor, sigma: Sigma<'_>, cond: &Cond) -> Result<Tensor> {
         let _no_grad = tch::no_grad_guard();
+        // Samplers evaluate the same weights again and again.
+        let _packing = Packing::enter(self.compute.autocast.unwrap_or(Kind::Float));
         self.evaluate(x, sigma, cond, Mode::Eval)
     }
 }

@@ -94,7 +94,7 @@ impl DhariwalUnet {
         let emb = self.embed(c_noise, cond, train)?;
         let (bottom, skips) = self.body.encode(x, &emb, train, probe);
         let (top, _) = self.body.decode(bottom, skips, &emb, train, probe);
-        Ok(self.out_conv.forward(&self.out_norm.forward(&top).silu()))
+        Ok(self.out_conv.forward(&self.out_norm.forward_silu(&top)))
     }
 }
 

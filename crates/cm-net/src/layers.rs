@@ -1,6 +1,7 @@
 //! The layers that all networks here are made of. Names of parameters are those of the published files.
 
 use cm_model::torch::autocast::Autocast;
+use cm_model::torch::fused::{Norm, PackedConv};
 use cm_model::torch::memory_format;
 use cm_model::{Init, ParamPath};
 use tch::{Kind, Tensor};
@@ -84,6 +85,7 @@ pub(crate) struct Conv2d {
     bias: Tensor,
     stride: i64,
     padding: i64,
+    packed: PackedConv,
 }
 
 impl Conv2d {
@@ -100,6 +102,7 @@ impl Conv2d {
             bias: path.param("bias", &[outputs], init.bias(fan_in))?,
             stride: 1,
             padding: kernel / 2,
+            packed: PackedConv::default(),
         })
     }
 
@@ -114,7 +117,8 @@ impl Conv2d {
     }
 
     pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
-        x.conv2d(&self.weight, Some(&self.bias), self.stride, self.padding, 1, 1)
+        let packed = self.packed.forward(x, (&self.weight, &self.bias), (self.stride, self.padding));
+        packed.unwrap_or_else(|| x.conv2d(&self.weight, Some(&self.bias), self.stride, self.padding, 1, 1))
     }
 }
 
@@ -137,6 +141,8 @@ pub(crate) struct Resample {
     /// `outer(f, f)/(Σf)²` as `[1, 1, n, n]`: a buffer, since published files carry it.
     filter: Tensor,
     direction: Direction,
+    /// The filter `[1, 1]`.
+    plain: bool,
 }
 
 impl Resample {
@@ -145,7 +151,8 @@ impl Resample {
         let outer: Vec<f32> =
             taps.iter().flat_map(|a| taps.iter().map(move |b| (a * b / (sum * sum)) as f32)).collect();
         let filter = Tensor::from_slice(&outer).view([1, 1, n, n]);
-        Ok(Self { filter: path.buffer("resample_filter", &filter)?, direction })
+        let plain = taps.len() == 2 && taps[0] == taps[1];
+        Ok(Self { filter: path.buffer("resample_filter", &filter)?, direction, plain })
     }
 
     fn padding(&self) -> i64 {
@@ -153,7 +160,18 @@ impl Resample {
     }
 
     pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
-        self.filter(x, self.padding())
+        if !self.plain {
+            return self.filter(x, self.padding());
+        }
+        // In the dtype that comes in: these kernels are fast in each, and a mean of four is taken in float32.
+        let _as_it_is = Autocast::enter(x.device(), None);
+        match self.direction {
+            Direction::Down => x.avg_pool2d(2, 2, 0, false, true, None),
+            Direction::Up => {
+                let (_, _, height, width) = x.size4().expect("resampling is on images");
+                x.upsample_nearest2d([2 * height, 2 * width], None, None)
+            }
+        }
     }
 
     /// Float32 also inside autocast: libtorch's depthwise convolutions in bfloat16 are 15 to 30 times slower on
@@ -250,16 +268,28 @@ impl GroupNorm {
         })
     }
 
+    fn parts(&self, silu: bool) -> Norm<'_> {
+        let Self { weight, bias, groups, eps } = self;
+        Norm { weight, bias, groups: *groups, eps: *eps, add: None, modulate: None, silu }
+    }
+
     pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
-        let kind = x.kind();
-        if kind == Kind::Float || !x.device().is_cuda() {
-            return x.group_norm(self.groups, Some(&self.weight), Some(&self.bias), self.eps, true);
+        self.parts(false).forward(x)
+    }
+
+    /// `silu(norm(x))`.
+    pub(crate) fn forward_silu(&self, x: &Tensor) -> Tensor {
+        self.parts(true).forward(x)
+    }
+
+    /// `silu` of the normalised image that has been told of the noise level: the embedding, float32, is added to each
+    /// channel in front, or where it has two numbers a channel, gives scale and shift behind.
+    pub(crate) fn forward_embedded(&self, x: &Tensor, emb: &Tensor, adaptive_scale: bool) -> Tensor {
+        if !adaptive_scale {
+            return Norm { add: Some(emb), ..self.parts(true) }.forward(x);
         }
-        // CUDA's kernel wants one dtype, and autocast would give float32, twice the memory to read and to keep
-        // for the backward pass. Its sums are float32 in any case.
-        let _as_it_is = Autocast::enter(x.device(), None);
-        let (weight, bias) = (self.weight.to_kind(kind), self.bias.to_kind(kind));
-        x.group_norm(self.groups, Some(&weight), Some(&bias), self.eps, true)
+        let [scale, shift]: [Tensor; 2] = emb.chunk(2, 1).try_into().expect("two halves");
+        Norm { modulate: Some((&scale, &shift)), ..self.parts(true) }.forward(x)
     }
 }
 

@@ -128,7 +128,7 @@ impl OpenaiUnet {
             x = stage.forward(&Tensor::cat(&[x, skip], 1), &emb, train, probe);
         }
         let Layers { out_norm, out_conv, .. } = &self.layers;
-        Ok(out_conv.forward(&out_norm.forward(&x).silu()))
+        Ok(out_conv.forward(&out_norm.forward_silu(&x)))
     }
 }
 
@@ -295,20 +295,14 @@ impl ResBlock {
 
     /// `emb` has gone through SiLU already, which all blocks share.
     fn forward(&self, x: &Tensor, emb: &Tensor, train: bool) -> Tensor {
-        let h = self.in_norm.forward(x).silu();
+        let h = self.in_norm.forward_silu(x);
         let (h, x) = match self.resample {
             Some(way) => (resample(&h, way), resample(x, way)),
             None => (h, x.shallow_clone()),
         };
         let h = self.in_conv.forward(&h);
-        let emb = self.emb.forward_f32(emb).to_kind(h.kind()).unsqueeze(-1).unsqueeze(-1);
-        let h = if self.scale_shift {
-            let [scale, shift]: [Tensor; 2] = emb.chunk(2, 1).try_into().expect("two halves");
-            shift.addcmul(&self.out_norm.forward(&h), &(scale + 1.0))
-        } else {
-            self.out_norm.forward(&(h + emb))
-        };
-        let h = self.out_conv.forward(&rng::dropout(&h.silu(), self.dropout, train));
+        let h = self.out_norm.forward_embedded(&h, &self.emb.forward_f32(emb), self.scale_shift);
+        let h = self.out_conv.forward(&rng::dropout(&h, self.dropout, train));
         match &self.skip {
             Some(skip) => h + skip.forward(&x),
             None => h + x,

@@ -1,6 +1,7 @@
 //! The residual block of SongUNet and of ADM in EDM's unified form.
 
 use cm_model::ParamPath;
+use cm_model::torch::fused::scaled_sum;
 use cm_model::torch::rng;
 use tch::Tensor;
 
@@ -142,26 +143,16 @@ impl UnetBlock {
 
     /// Evaluates the block; `train` turns its dropout on.
     pub fn forward(&self, x: &Tensor, emb: &Tensor, train: bool) -> Tensor {
-        let h = self.conv0.forward(&self.norm0.forward(x).silu());
-        let emb = self.affine.forward_f32(emb).to_kind(h.kind()).unsqueeze(-1).unsqueeze(-1);
-        let h = if self.adaptive_scale {
-            let [scale, shift]: [Tensor; 2] = emb.chunk(2, 1).try_into().expect("two halves");
-            shift.addcmul(&self.norm1.forward(&h), &(scale + 1.0))
-        } else {
-            self.norm1.forward(&(h + emb))
-        };
-        let h = self.conv1.forward(&rng::dropout(&h.silu(), self.dropout, train));
+        let h = self.conv0.forward(&self.norm0.forward_silu(x));
+        let h = self.norm1.forward_embedded(&h, &self.affine.forward_f32(emb), self.adaptive_scale);
+        let h = self.conv1.forward(&rng::dropout(&h, self.dropout, train));
         let x = match &self.skip {
-            Some(skip) => self.scaled(h + skip.forward(x)),
-            None => self.scaled(h + x),
+            Some(skip) => scaled_sum(&h, &skip.forward(x), self.skip_scale),
+            None => scaled_sum(&h, x, self.skip_scale),
         };
         match &self.attention {
-            Some(attention) => self.scaled(attention.forward(&x) + x),
+            Some(attention) => scaled_sum(&attention.forward(&x), &x, self.skip_scale),
             None => x,
         }
-    }
-
-    fn scaled(&self, x: Tensor) -> Tensor {
-        if self.skip_scale == 1.0 { x } else { x * self.skip_scale }
     }
 }

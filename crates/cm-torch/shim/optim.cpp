@@ -210,6 +210,20 @@ struct Lists {
   }
 };
 
+// Raw writes are invisible to libtorch: a backward through a graph of before them must fail, not lie, and packed weights
+// must be known to be old.
+void bump(const std::vector<at::Tensor>& tensors) {
+  for (const auto& t : tensors) {
+    t.unsafeGetTensorImpl()->bump_version();
+  }
+}
+
+void bump_emas(const Lists& lists) {
+  for (const auto& list : lists.emas) {
+    bump(list);
+  }
+}
+
 void one_pass(const CmOptimStep& s, Lists& lists) {
   const Update u = update_of(s);
   const Scalars k{
@@ -274,10 +288,8 @@ void one_pass(const CmOptimStep& s, Lists& lists) {
     }
   });
 
-  // Raw writes are invisible to autograd: a backward through a graph of before the step must fail, not lie.
-  for (size_t i = 0; i < n; ++i) {
-    lists.weights[i].unsafeGetTensorImpl()->bump_version();
-  }
+  bump(lists.weights);
+  bump_emas(lists);
 }
 
 void average_by_lists(const Lists& lists) {
@@ -434,6 +446,7 @@ char* cm_ema_update(size_t n, const cm_tensor* weights, size_t n_emas, const CmE
               static_cast<float>(1.0 - beta), c.size);
         }
       });
+      bump_emas(lists);
     }
     lists.write_back();
   });

@@ -8,6 +8,7 @@
 //! | how is a network run in bfloat16? | [`autocast`] |
 //! | how do student and target get the same dropout? | [`rng`] |
 //! | how are images laid out in memory? | [`memory_format`] |
+//! | how does the CPU normalise, add and convolve in fewer passes? | [`fused`] |
 //! | how do processes train together? | [`dist`] |
 //!
 //! The C++ lies in `shim/`; it is compiled by the build script against the headers beside the libtorch that
@@ -22,6 +23,7 @@ pub mod autocast;
 pub mod device;
 pub mod dist;
 mod error;
+pub mod fused;
 pub mod memory_format;
 pub mod optim;
 pub mod philox;
