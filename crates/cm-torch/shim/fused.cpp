@@ -5,6 +5,7 @@
 // recomputed from the input, so that neither the normalised image nor anything behind it is kept.
 
 #include "chunks.h"
+#include "fused_loops.h"
 #include "shim.h"
 
 #include <ATen/core/grad_mode.h>
@@ -17,6 +18,7 @@
 #include <cmath>
 #include <cstdint>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -24,219 +26,11 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// ---- numbers ----
-
-template <typename To, typename From>
-inline To bits_of(From from) {
-  static_assert(sizeof(To) == sizeof(From), "as many bits");
-  To to;
-  std::memcpy(&to, &from, sizeof(To));
-  return to;
-}
-
-// bfloat16 as its bits: loops over these fill vector registers, loops over c10::BFloat16 do not.
-struct Bf16 {
-  uint16_t bits;
-};
-
-inline float load(const float* x) {
-  return *x;
-}
-
-inline float load(const Bf16* x) {
-  return bits_of<float>(static_cast<uint32_t>(x->bits) << 16);
-}
-
-inline void store(float* y, float value) {
-  *y = value;
-}
-
-inline void store(Bf16* y, float value) {
-  const uint32_t u = bits_of<uint32_t>(value);
-  const uint32_t nearest_even = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  y->bits = static_cast<uint16_t>(value == value ? nearest_even : 0x7fc0u);
-}
-
-// 1/(1 + e^-z) within two units in the last place; NaN stays NaN.
-inline float sigmoid(float z) {
-  float t = -z;
-  // Behind e^60, 1e-26, nothing is left of it in any dtype. (Nearer to the least float, products with it would be
-  // denormal, which costs a hundred times as much, and a vector loop computes them for all lanes.)
-  t = t > 60.0f ? 60.0f : t;
-  t = t < -60.0f ? -60.0f : t;
-  // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
-  const float shifted = t * 1.44269504088896341f + 12582912.0f;
-  const float n = shifted - 12582912.0f;
-  const float r = (t - n * 0.693359375f) - n * -2.12194440e-4f;
-  float p = 1.0f / 720.0f;
-  p = p * r + 1.0f / 120.0f;
-  p = p * r + 1.0f / 24.0f;
-  p = p * r + 1.0f / 6.0f;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  const float exp = bits_of<float>(bits_of<uint32_t>(p) + (bits_of<uint32_t>(shifted) << 23));
-  return 1.0f / (1.0f + exp);
-}
-
-// ---- an image in memory ----
-
-// N images of C channels and P pixels. Channels last: pixel by pixel, else plane by plane.
-struct Layout {
-  int64_t n, c, p;
-  bool last;
-};
-
-// Pixels of one piece of work. Fixed, so that sums are the same bits for any number of threads.
-constexpr int64_t kPixels = 64;
-
-// What every row of one channel is turned into: z = a * x + b, and, backward, dx = a * dz + e * x + f.
-struct Affine {
-  const float* a;
-  const float* b;
-  const float* e;
-  const float* f;
-};
-
-// Two sums over the pixels of a piece, for each channel: of g(x) and of h(x), see `Sums`.
-enum Sums { kMoments, kBackward };
-
-// Moments: sum(x - k) and sum((x - k)^2). Backward: sum(dz) and sum(dz * (x - k)).
-template <Sums kind, bool silu>
-inline void add_to(float x, float dy, float k, float a, float b, float& first, float& second) {
-  const float centred = x - k;
-  if (kind == kMoments) {
-    first += centred;
-    second += centred * centred;
-    return;
-  }
-  float dz = dy;
-  if (silu) {
-    const float z = a * x + b;
-    const float s = sigmoid(z);
-    dz = dy * (s * (1.0f + z * (1.0f - s)));
-  }
-  first += dz;
-  second += dz * centred;
-}
-
-// Channels last: `first` and `second` hold C sums, for `pixels` pixels from `x` on.
-template <typename T, Sums kind, bool silu>
-CM_CLONES void sums_last(
-    const T* __restrict x,
-    const T* __restrict dy,
-    const float* __restrict k,
-    const float* __restrict a,
-    const float* __restrict b,
-    float* __restrict first,
-    float* __restrict second,
-    int64_t channels,
-    int64_t pixels) {
-  for (int64_t p = 0; p < pixels; ++p) {
-    for (int64_t c = 0; c < channels; ++c) {
-      const int64_t i = p * channels + c;
-      const float value = load(x + i);
-      const float grad = kind == kBackward ? load(dy + i) : 0.0f;
-      const float ac = kind == kBackward ? a[c] : 0.0f;
-      const float bc = kind == kBackward ? b[c] : 0.0f;
-      add_to<kind, silu>(value, grad, k[c], ac, bc, first[c], second[c]);
-    }
-  }
-}
-
-// Planes: the sums of `pixels` pixels of one channel, in 16 lanes that fill a vector register.
-template <typename T, Sums kind, bool silu>
-CM_CLONES void sums_plane(
-    const T* __restrict x,
-    const T* __restrict dy,
-    float k,
-    float a,
-    float b,
-    float* __restrict first,
-    float* __restrict second,
-    int64_t pixels) {
-  float lanes[2][16] = {};
-  int64_t p = 0;
-  for (; p + 16 <= pixels; p += 16) {
-    for (int64_t j = 0; j < 16; ++j) {
-      const float grad = kind == kBackward ? load(dy + p + j) : 0.0f;
-      add_to<kind, silu>(load(x + p + j), grad, k, a, b, lanes[0][j], lanes[1][j]);
-    }
-  }
-  for (int64_t j = 0; p + j < pixels; ++j) {
-    const float grad = kind == kBackward ? load(dy + p + j) : 0.0f;
-    add_to<kind, silu>(load(x + p + j), grad, k, a, b, lanes[0][j], lanes[1][j]);
-  }
-  for (int64_t j = 0; j < 16; ++j) {
-    *first += lanes[0][j];
-    *second += lanes[1][j];
-  }
-}
-
-template <bool silu>
-inline float forward_of(float x, float a, float b) {
-  const float z = a * x + b;
-  return silu ? z * sigmoid(z) : z;
-}
-
-template <bool silu>
-inline float backward_of(float x, float dy, float a, float b, float e, float f) {
-  float dz = dy;
-  if (silu) {
-    const float z = a * x + b;
-    const float s = sigmoid(z);
-    dz = dy * (s * (1.0f + z * (1.0f - s)));
-  }
-  return a * dz + (e * x + f);
-}
-
-template <typename T, bool backward, bool silu>
-CM_CLONES void apply_last(
-    const T* __restrict x,
-    const T* __restrict dy,
-    T* __restrict y,
-    const Affine& affine,
-    int64_t channels,
-    int64_t pixels) {
-  const float* __restrict a = affine.a;
-  const float* __restrict b = affine.b;
-  const float* __restrict e = affine.e;
-  const float* __restrict f = affine.f;
-  for (int64_t p = 0; p < pixels; ++p) {
-    for (int64_t c = 0; c < channels; ++c) {
-      const int64_t i = p * channels + c;
-      if (backward) {
-        store(y + i, backward_of<silu>(load(x + i), load(dy + i), a[c], b[c], e[c], f[c]));
-      } else {
-        store(y + i, forward_of<silu>(load(x + i), a[c], b[c]));
-      }
-    }
-  }
-}
-
-template <typename T, bool backward, bool silu>
-CM_CLONES void apply_plane(
-    const T* __restrict x,
-    const T* __restrict dy,
-    T* __restrict y,
-    const Affine& affine,
-    int64_t pixels) {
-  const float a = *affine.a, b = *affine.b;
-  const float e = backward ? *affine.e : 0.0f, f = backward ? *affine.f : 0.0f;
-  for (int64_t p = 0; p < pixels; ++p) {
-    if (backward) {
-      store(y + p, backward_of<silu>(load(x + p), load(dy + p), a, b, e, f));
-    } else {
-      store(y + p, forward_of<silu>(load(x + p), a, b));
-    }
-  }
-}
-
 // ---- over the whole batch ----
 
 // Calls f(image, piece, first pixel, pixels) for all pieces of all images, in parallel.
 template <typename F>
-void for_pieces(const Layout& l, const F& f) {
+void for_pieces(const ImageOrder& l, const F& f) {
   const int64_t pieces = (l.p + kPixels - 1) / kPixels;
   // Waking the other thread costs as much as some ten thousand numbers.
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, l.c * kPixels));
@@ -248,9 +42,10 @@ void for_pieces(const Layout& l, const F& f) {
   });
 }
 
-// sums[(n * C + c) * 2 + which] over all pixels, in float within a piece and in double over pieces, in their order.
+// sums[2 * i + which], for i of `ImageOrder::at`, over all pixels: in float within a piece, in double over pieces, in
+// their order.
 template <typename T, Sums kind, bool silu>
-std::vector<double> sums_of(const Layout& l, const T* x, const T* dy, const float* k, const float* a, const float* b) {
+std::vector<double> sums_of(const ImageOrder& l, const T* x, const T* dy, const float* k, const float* a, const float* b) {
   const int64_t pieces = (l.p + kPixels - 1) / kPixels;
   std::vector<float> partial(l.n * pieces * l.c * 2);
   for_pieces(l, [&](int64_t n, int64_t piece, int64_t start, int64_t pixels) {
@@ -259,8 +54,14 @@ std::vector<double> sums_of(const Layout& l, const T* x, const T* dy, const floa
     const auto at = [&](const float* values) { return values == nullptr ? nullptr : values + n * l.c; };
     if (l.last) {
       const int64_t from = (n * l.p + start) * l.c;
-      sums_last<T, kind, silu>(
-          x + from, dy == nullptr ? nullptr : dy + from, at(k), at(a), at(b), first, second, l.c, pixels);
+      const T* grad = dy == nullptr ? nullptr : dy + from;
+      if constexpr (std::is_same_v<T, Bf16>) {
+        if (l.pairs) {
+          sums_pairs<kind, silu>(x + from, grad, at(k), at(a), at(b), first, second, l.c, pixels);
+          return;
+        }
+      }
+      sums_last<T, kind, silu>(x + from, grad, at(k), at(a), at(b), first, second, l.c, pixels);
       return;
     }
     for (int64_t c = 0; c < l.c; ++c) {
@@ -284,7 +85,7 @@ std::vector<double> sums_of(const Layout& l, const T* x, const T* dy, const floa
 }
 
 template <typename T, bool backward, bool silu>
-void apply(const Layout& l, const T* x, const T* dy, T* y, const Affine& affine) {
+void apply(const ImageOrder& l, const T* x, const T* dy, T* y, const Affine& affine) {
   for_pieces(l, [&](int64_t n, int64_t, int64_t start, int64_t pixels) {
     const auto at = [&](int64_t i) {
       const auto from = [&](const float* values) { return values == nullptr ? nullptr : values + i; };
@@ -292,8 +93,14 @@ void apply(const Layout& l, const T* x, const T* dy, T* y, const Affine& affine)
     };
     if (l.last) {
       const int64_t from = (n * l.p + start) * l.c;
-      apply_last<T, backward, silu>(
-          x + from, backward ? dy + from : nullptr, y + from, at(n * l.c), l.c, pixels);
+      const T* grad = backward ? dy + from : nullptr;
+      if constexpr (std::is_same_v<T, Bf16>) {
+        if (l.pairs) {
+          apply_pairs<backward, silu>(x + from, grad, y + from, at(n * l.c), l.c, pixels);
+          return;
+        }
+      }
+      apply_last<T, backward, silu>(x + from, grad, y + from, at(n * l.c), l.c, pixels);
       return;
     }
     for (int64_t c = 0; c < l.c; ++c) {
@@ -311,7 +118,7 @@ const float* optional(const at::Tensor& t) {
 }
 
 struct Norm {
-  Layout layout;
+  ImageOrder layout;
   int64_t groups;
   double eps;
   bool silu;
@@ -341,12 +148,12 @@ struct Moments {
 
 template <typename T>
 void moments(const Norm& norm, const T* x, const Moments& out) {
-  const Layout& l = norm.layout;
+  const ImageOrder& l = norm.layout;
   // Sums of differences to the first pixel: no digits are lost where the mean is far from 0.
   std::vector<float> k(l.n * l.c);
   for (int64_t n = 0; n < l.n; ++n) {
     for (int64_t c = 0; c < l.c; ++c) {
-      k[n * l.c + c] = load(x + n * l.c * l.p + (l.last ? c : c * l.p));
+      k[l.at(n, c)] = load(x + n * l.c * l.p + (l.last ? c : c * l.p));
     }
   }
   const auto sums = sums_of<T, kMoments, false>(l, x, nullptr, k.data(), nullptr, nullptr);
@@ -356,13 +163,13 @@ void moments(const Norm& norm, const T* x, const Moments& out) {
     for (int64_t g = 0; g < norm.groups; ++g) {
       double mean = 0.0, square = 0.0;
       for (int64_t c = g * d; c < (g + 1) * d; ++c) {
-        const int64_t i = n * l.c + c;
+        const int64_t i = l.at(n, c);
         const double own = k[i] + sums[2 * i] / pixels;
-        out.channel[i] = static_cast<float>(own);
+        out.channel[n * l.c + c] = static_cast<float>(own);
         mean += (own + norm.added(n, c)) / static_cast<double>(d);
       }
       for (int64_t c = g * d; c < (g + 1) * d; ++c) {
-        const int64_t i = n * l.c + c;
+        const int64_t i = l.at(n, c);
         const double apart = k[i] + sums[2 * i] / pixels + norm.added(n, c) - mean;
         square += sums[2 * i + 1] - sums[2 * i] * sums[2 * i] / pixels + pixels * apart * apart;
       }
@@ -377,15 +184,15 @@ void moments(const Norm& norm, const T* x, const Moments& out) {
 
 // z = a * x + b for each image and channel.
 void affine_of(const Norm& norm, const Moments& m, std::vector<float>& a, std::vector<float>& b) {
-  const Layout& l = norm.layout;
+  const ImageOrder& l = norm.layout;
   a.resize(l.n * l.c);
   b.resize(l.n * l.c);
   for (int64_t n = 0; n < l.n; ++n) {
     for (int64_t c = 0; c < l.c; ++c) {
       const int64_t group = n * norm.groups + c / norm.per_group();
       const double slope = m.rstd[group] * norm.gain(n, c);
-      a[n * l.c + c] = static_cast<float>(slope);
-      b[n * l.c + c] = static_cast<float>(norm.offset(n, c) + (norm.added(n, c) - m.mean[group]) * slope);
+      a[l.at(n, c)] = static_cast<float>(slope);
+      b[l.at(n, c)] = static_cast<float>(norm.offset(n, c) + (norm.added(n, c) - m.mean[group]) * slope);
     }
   }
 }
@@ -410,13 +217,13 @@ struct Grads {
 
 template <typename T>
 void norm_backward(const Norm& norm, const T* x, const T* dy, T* dx, const Moments& m, const Grads& grads) {
-  const Layout& l = norm.layout;
+  const ImageOrder& l = norm.layout;
   std::vector<float> a, b, k(l.n * l.c), e(l.n * l.c), f(l.n * l.c);
   affine_of(norm, m, a, b);
   const int64_t d = norm.per_group();
   for (int64_t n = 0; n < l.n; ++n) {
     for (int64_t c = 0; c < l.c; ++c) {
-      k[n * l.c + c] = static_cast<float>(m.mean[n * norm.groups + c / d] - norm.added(n, c));
+      k[l.at(n, c)] = static_cast<float>(m.mean[n * norm.groups + c / d] - norm.added(n, c));
     }
   }
   const auto sums = norm.silu
@@ -429,17 +236,17 @@ void norm_backward(const Norm& norm, const T* x, const T* dy, T* dx, const Momen
       const double mean = m.mean[n * norm.groups + g], rstd = m.rstd[n * norm.groups + g];
       double all = 0.0, along = 0.0;
       for (int64_t c = g * d; c < (g + 1) * d; ++c) {
-        const int64_t i = n * l.c + c;
+        const int64_t i = l.at(n, c);
         all += norm.gain(n, c) * sums[2 * i];
         along += norm.gain(n, c) * sums[2 * i + 1] * rstd;
       }
       for (int64_t c = g * d; c < (g + 1) * d; ++c) {
-        const int64_t i = n * l.c + c;
+        const int64_t i = n * l.c + c, at = l.at(n, c);
         const double slope = -rstd * rstd * along / count;
         const double rest = -rstd * all / count - slope * (mean - norm.added(n, c));
-        e[i] = static_cast<float>(slope);
-        f[i] = static_cast<float>(rest);
-        const double by_gain = rstd * sums[2 * i + 1], by_offset = sums[2 * i];
+        e[at] = static_cast<float>(slope);
+        f[at] = static_cast<float>(rest);
+        const double by_gain = rstd * sums[2 * at + 1], by_offset = sums[2 * at];
         const double scaled = norm.scale == nullptr ? 1.0 : 1.0 + norm.scale[i];
         weight[c] += by_gain * scaled;
         bias[c] += by_offset * scaled;
@@ -495,8 +302,10 @@ void with_type(const at::Tensor& x, const F& f) {
 }
 
 Norm norm_of(const at::Tensor& x, const variable_list& parts, int64_t groups, double eps, bool silu) {
+  const bool last = !x.is_contiguous();
+  const bool pairs = last && x.scalar_type() == at::kBFloat16 && x.size(1) % 2 == 0;
   return Norm{
-      Layout{x.size(0), x.size(1), x.size(2) * x.size(3), !x.is_contiguous()},
+      ImageOrder{x.size(0), x.size(1), x.size(2) * x.size(3), last, pairs},
       groups,
       eps,
       silu,
