@@ -55,6 +55,9 @@ impl Norm<'_> {
             eps: self.eps,
             silu: self.silu,
         };
+        if PLAIN.get() {
+            return self.composed(x);
+        }
         match shim::norm(x, &parts) {
             Ok(Some(normalised)) => normalised,
             Ok(None) => self.composed(x),
@@ -97,6 +100,9 @@ pub fn scaled_sum(a: &Tensor, b: &Tensor, scale: f64) -> Tensor {
     if scale == 1.0 {
         return a + b;
     }
+    if PLAIN.get() {
+        return (a + b) * scale;
+    }
     match shim::scaled_sum(a, b, scale) {
         Ok(Some(sum)) => sum,
         Ok(None) => (a + b) * scale,
@@ -106,6 +112,30 @@ pub fn scaled_sum(a: &Tensor, b: &Tensor, scale: f64) -> Tensor {
 
 thread_local! {
     static PACKING: Cell<Option<Kind>> = const { Cell::new(None) };
+    static PLAIN: Cell<bool> = const { Cell::new(false) };
+}
+
+/// While it lives, everything of this module on this thread is computed by libtorch's operations alone: what the fused
+/// forms are measured against.
+#[derive(Debug)]
+#[must_use = "the plain forms are used only as long as this value lives"]
+pub struct Plain {
+    before: bool,
+    /// It belongs to the thread that made it.
+    _thread: PhantomData<*const ()>,
+}
+
+impl Plain {
+    /// Begins it.
+    pub fn enter() -> Self {
+        Self { before: PLAIN.replace(true), _thread: PhantomData }
+    }
+}
+
+impl Drop for Plain {
+    fn drop(&mut self) {
+        PLAIN.set(self.before);
+    }
 }
 
 /// While it lives, convolutions on this thread keep their weights prepared: cast, and in the order that the CPU's kernels
@@ -148,7 +178,7 @@ impl PackedConv {
         (weight, bias): (&Tensor, &Tensor),
         (stride, padding): (i64, i64),
     ) -> Option<Tensor> {
-        let kind = PACKING.get()?;
+        let kind = PACKING.get().filter(|_| !PLAIN.get())?;
         let mut packed = self.0.try_borrow_mut().ok()?;
         if packed.is_none() {
             *packed = shim::PackedConv::new().ok();
@@ -374,6 +404,12 @@ mod tests {
                 let plain = x.conv2d(&weight, Some(&bias), 1, 1, 1, 1);
                 assert!(apart(&y.to_kind(Kind::Double), &plain.to_kind(Kind::Double)) < 2e-2);
             }
+        }
+        let _packing = Packing::enter(Kind::Float);
+        assert!(conv.forward(&x, (&weight, &bias), (1, 1)).is_some());
+        {
+            let _plain = Plain::enter();
+            assert!(conv.forward(&x, (&weight, &bias), (1, 1)).is_none());
         }
         let planes = randn(&[1, 16, 8, 8]);
         let _packing = Packing::enter(Kind::Float);

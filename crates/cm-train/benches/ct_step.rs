@@ -8,6 +8,7 @@
 //! | --- | --- | --- | --- |
 //! | digits_1x8x8_b128_f32 | SongUNet, 32 channels | 128 in one part | float32 |
 //! | digits_1x8x8_b128_f32_cl | the same | 128 in one part | float32, channels-last |
+//! | digits_1x8x8_b128_bf16_cl | the same | 128 in one part | bfloat16, channels-last |
 //! | cifar10_3x32x32_b8_f32 | NCSN++, 56.4 M | 8 in one part | float32 |
 //! | cifar10_3x32x32_b8_bf16_cl | the same | 8 in one part | bfloat16, channels-last |
 
@@ -88,9 +89,10 @@ fn step(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("ct_step");
     group.sampling_mode(SamplingMode::Flat).sample_size(10).warm_up_time(Duration::from_secs(1));
     let fast = |autocast| Compute { autocast, channels_last: true };
-    let cases: [(&str, NetSpec, usize, Compute); 4] = [
+    let cases: [(&str, NetSpec, usize, Compute); 5] = [
         ("digits_1x8x8_b128_f32", digits().into(), 128, Compute::default()),
         ("digits_1x8x8_b128_f32_cl", digits().into(), 128, fast(None)),
+        ("digits_1x8x8_b128_bf16_cl", digits().into(), 128, fast(Some(Kind::BFloat16))),
         ("cifar10_3x32x32_b8_f32", SongUnetSpec::consistency_cifar10().into(), 8, Compute::default()),
         (
             "cifar10_3x32x32_b8_bf16_cl",

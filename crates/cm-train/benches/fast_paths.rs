@@ -1,0 +1,135 @@
+//! Are the fast forms of `cm_torch::fused` still faster than libtorch's own operations, on small networks?
+//!
+//! Each row computes the same work in both forms, in turn, and prints the median of the ratios of their times. A ratio
+//! that has dropped by more than a third of what is recorded below is an error, after a second look: so CI notices a fast
+//! form that is no longer taken. Whole networks of published size are `cargo xtask race`'s.
+
+#![allow(missing_docs)] // no macro of criterion's: ratios are not in its world
+#![allow(clippy::print_stdout)] // they are the answer
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use cm_model::{Backbone, Compute, Cond, ConsistencyFn, Preconditioned, Sigma};
+use cm_net::{NetSpec, SongUnetSpec, build};
+use cm_schedule::{Boundary, EmaRule, IndexDist, LrRule, NoiseCond, NumScales, SigmaRange, Weighting};
+use cm_torch::fused::Plain;
+use cm_torch::optim::OptimKind;
+use cm_train::{Batch, Levels, Metric, Networks, PairRule, TargetRule, TrainSpec, Trainer};
+use tch::{Device, Kind, Tensor};
+
+type Model = Preconditioned<Box<dyn Backbone + Send>, Boundary>;
+
+/// Pairs of measurements of a row.
+const PAIRS: usize = 9;
+/// The share of a recorded ratio that must be left.
+const LEFT: f64 = 2.0 / 3.0;
+/// On two cores of a Xeon with AMX, calm, 26 November 2026.
+const RECORDED: [f64; 3] = [1.0, 1.0, 1.0];
+
+fn spec(size: i64, channels: i64, mult: &[i64]) -> SongUnetSpec {
+    SongUnetSpec {
+        image_size: size,
+        image_channels: channels,
+        augment_dim: 0,
+        model_channels: 32,
+        channel_mult: mult.to_vec(),
+        num_blocks: 1,
+        attn_resolutions: vec![],
+        dropout: 0.0,
+        ..SongUnetSpec::ddpmpp_cifar10(0)
+    }
+}
+
+fn model(spec: &SongUnetSpec, compute: Compute) -> Model {
+    let net = build(&NetSpec::from(spec.clone()), 0, Device::Cpu).expect("a network of the presets");
+    if compute.channels_last {
+        net.params().to_channels_last();
+    }
+    let precond = Boundary::new(0.5, 0.002, NoiseCond::QuarterLog).expect("positive");
+    Preconditioned { net, precond, sigma_range: SigmaRange::EDM, compute }
+}
+
+/// A step of consistency training without a target network.
+fn training(spec: &SongUnetSpec, batch: usize, compute: Compute) -> impl FnMut() {
+    let settings = TrainSpec {
+        seed: 0,
+        total_steps: 1_000_000,
+        batch,
+        micro_batch: None,
+        pairs: PairRule::Grid {
+            rho: 7.0,
+            num_scales: NumScales::Fixed { num_scales: 18 },
+            index: IndexDist::Uniform {},
+        },
+        target: TargetRule::Live {},
+        teacher: None,
+        metric: Metric::L2,
+        weighting: Weighting::Uniform,
+        optimizer: OptimKind::radam(),
+        lr: 1e-5,
+        lr_rule: LrRule::Constant {},
+        emas: vec![EmaRule::Beta { beta: 0.9999 }],
+        grad_clip: None,
+        replace_non_finite: None,
+    };
+    let networks = Networks { student: model(spec, compute), target: None, teacher: None, perceptual: None };
+    let levels = Levels { range: SigmaRange::EDM, sigma_data: 0.5 };
+    let mut trainer = Trainer::new(networks, &settings, levels).expect("the settings are valid");
+    let shape = NetSpec::from(spec.clone()).image_shape().batch(batch as i64);
+    let images = Tensor::rand(shape, (Kind::Float, Device::Cpu)) * 2.0 - 1.0;
+    let batch = Batch { images, cond: Cond::none() };
+    move || {
+        trainer.step(&batch).expect("a step on noise is finite");
+    }
+}
+
+/// One image in one step.
+fn sampling(spec: &SongUnetSpec, compute: Compute) -> impl FnMut() {
+    let f = model(spec, compute);
+    let shape = NetSpec::from(spec.clone()).image_shape().batch(1);
+    let x = Tensor::randn(shape, (Kind::Float, Device::Cpu)) * 80.0;
+    move || drop(f.jump(&x, Sigma::One(80.0), &Cond::none()).expect("the shape fits"))
+}
+
+/// The median of how many times as long the plain form takes.
+fn ratio(work: &mut dyn FnMut()) -> f64 {
+    work();
+    let began = Instant::now();
+    work();
+    let calls = (0.04 / began.elapsed().as_secs_f64()).ceil().clamp(1.0, 100.0) as usize;
+    let mut time = |plain: bool| {
+        let _plain = plain.then(Plain::enter);
+        work();
+        let began = Instant::now();
+        (0..calls).for_each(|_| work());
+        began.elapsed().as_secs_f64()
+    };
+    let mut ratios: Vec<f64> = (0..PAIRS).map(|_| time(true) / time(false)).collect();
+    ratios.sort_by(f64::total_cmp);
+    ratios[PAIRS / 2]
+}
+
+fn main() -> ExitCode {
+    let bf16 = Compute { autocast: Some(Kind::BFloat16), channels_last: true };
+    let (digits, emoji) = (spec(8, 1, &[1, 2]), spec(32, 3, &[1, 2, 2]));
+    let mut rows: [(&str, Box<dyn FnMut()>); 3] = [
+        ("training step, 8×8, batch 128, float32", Box::new(training(&digits, 128, Compute::default()))),
+        ("training step, 32×32, batch 16, bfloat16", Box::new(training(&emoji, 16, bf16))),
+        ("one-step sampling, 32×32, batch 1, bfloat16", Box::new(sampling(&emoji, bf16))),
+    ];
+    let mut code = ExitCode::SUCCESS;
+    for ((name, work), recorded) in rows.iter_mut().zip(RECORDED) {
+        let least = recorded * LEFT;
+        let mut found = ratio(work);
+        if found < least {
+            found = ratio(work);
+        }
+        let word = if found < least { "TOO SLOW" } else { "holds" };
+        println!("{name:<46} {found:.2} × plain, recorded {recorded:.2}, at least {least:.2}  {word}");
+        if found < least {
+            code = ExitCode::FAILURE;
+        }
+    }
+    code
+}
