@@ -50,6 +50,18 @@ const STEPS: &[(&str, Work)] = &[
     // The command of the README, as a user gives it.
     ("test", |root, _| command(cargo_xtask(root).arg("test"))),
     ("golden", check_golden),
+    // The fast forms against the plain ones: below a recorded ratio it fails.
+    ("speed", |_, _| {
+        command(&mut cargo(&[
+            "bench",
+            "--profile",
+            "release",
+            "--workspace",
+            "--locked",
+            "--bench",
+            "fast_paths",
+        ]))
+    }),
     ("demo", |root, _| demo(root)),
     ("report", |root, _| report(root)),
     ("torture", |root, _| {

@@ -175,7 +175,7 @@ Needs a nightly compiler and cargo-fuzz; what is missing is named with the comma
 under fuzz/artifacts/TARGET, and `cargo +nightly fuzz run TARGET FILE` shows it again.")]
     Fuzz(FuzzArgs),
 
-    /// Run what CI runs: setup, formatting, tidy, clippy, docs, tests, golden numbers, a short demo and report, a tortured run, a project outside
+    /// Run what CI runs: setup, formatting, tidy, clippy, docs, tests, golden numbers, fast forms against plain ones, a short demo and report, a tortured run, a project outside
     #[command(after_help = "Examples:
   cargo xtask ci
   cargo xtask ci --golden DIR         where the full set of golden files lies
