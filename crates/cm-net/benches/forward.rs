@@ -34,6 +34,7 @@ fn forward(c: &mut Criterion) {
     group.sampling_mode(SamplingMode::Flat);
     let ways = [
         ("fp32", Compute::default()),
+        ("fp32_channels_last", Compute { autocast: None, channels_last: true }),
         ("bf16", Compute { autocast: Some(Kind::BFloat16), channels_last: false }),
         ("bf16_channels_last", Compute { autocast: Some(Kind::BFloat16), channels_last: true }),
     ];
