@@ -81,6 +81,7 @@ fn train_spec(batch: usize) -> TrainSpec {
         emas: vec![EmaRule::Beta { beta: 0.9999 }],
         grad_clip: None,
         replace_non_finite: None,
+        shard_state: false,
     }
 }
 
