@@ -34,8 +34,11 @@ fn forward(c: &mut Criterion) {
     group.sampling_mode(SamplingMode::Flat);
     let ways = [
         ("fp32", Compute::default()),
-        ("bf16", Compute { autocast: Some(Kind::BFloat16), channels_last: false }),
-        ("bf16_channels_last", Compute { autocast: Some(Kind::BFloat16), channels_last: true }),
+        ("bf16", Compute { autocast: Some(Kind::BFloat16), ..Compute::default() }),
+        (
+            "bf16_channels_last",
+            Compute { autocast: Some(Kind::BFloat16), channels_last: true, ..Compute::default() },
+        ),
     ];
     let cases = [
         ("ddpmpp_cifar10", SongUnetSpec::ddpmpp_cifar10(0), vec![1, 16]),

@@ -9,6 +9,7 @@ use crate::layers::{
     Attention, AttentionSpec, Conv2d, Direction, GroupNorm, LayerInit, Linear, QkvOrder, Resample,
     ResampledConv,
 };
+use crate::part::Block;
 
 /// The start of a block's weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -163,5 +164,11 @@ impl UnetBlock {
 
     fn scaled(&self, x: Tensor) -> Tensor {
         if self.skip_scale == 1.0 { x } else { x * self.skip_scale }
+    }
+}
+
+impl Block for UnetBlock {
+    fn forward(&self, x: &Tensor, emb: &Tensor, train: bool) -> Tensor {
+        UnetBlock::forward(self, x, emb, train)
     }
 }

@@ -9,6 +9,7 @@
 //! | how do student and target get the same dropout? | [`rng`] |
 //! | how are images laid out in memory? | [`memory_format`] |
 //! | how do processes train together? | [`dist`] |
+//! | how does a backward pass do with less memory? | [`recompute`] |
 //!
 //! The C++ lies in `shim/`; it is compiled by the build script against the headers beside the libtorch that
 //! torch-sys found, and every call to it goes through the private module `shim`, which turns C++ exceptions into
@@ -25,6 +26,7 @@ mod error;
 pub mod memory_format;
 pub mod optim;
 pub mod philox;
+pub mod recompute;
 pub mod rng;
 mod shim;
 

@@ -8,6 +8,7 @@ use torch_sys::C_tensor;
 use crate::{Error, Result};
 
 pub(crate) mod dist;
+pub(crate) mod recompute;
 
 /// Mirrors `CmOptimStep` in `shim/optim.cpp`.
 #[repr(C)]

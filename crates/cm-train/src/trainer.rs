@@ -6,6 +6,7 @@ use cm_schedule::rng::Purpose;
 use cm_schedule::{EmaRule, KarrasGrid};
 use cm_torch::dist::ProcessGroup;
 use cm_torch::optim::{EmaTarget, Optimizer, StepOptions, ema_update};
+use cm_torch::recompute;
 use cm_torch::rng::Rows;
 use tch::{Device, Kind, Tensor};
 
@@ -303,7 +304,7 @@ impl<M: Trainable> Trainer<M> {
                 let cond = batch.cond.narrow(offset, piece.len() as i64);
                 self.part_losses(&images, &cond, place, part as u64, piece)?
             };
-            (losses.per_sample.sum(Kind::Float) / self.spec.batch as f64).f_backward()?;
+            recompute::backward(&(losses.per_sample.sum(Kind::Float) / self.spec.batch as f64))?;
             results.push(Tensor::stack(&[losses.per_sample.detach(), losses.distance], 1));
             sigmas.extend(sigma);
         }
