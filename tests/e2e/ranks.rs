@@ -109,6 +109,29 @@ fn ranks_take_the_steps_of_one_process_whatever_their_number() {
 }
 
 #[test]
+fn averages_and_moments_in_shares_end_in_the_same_files_and_any_number_of_ranks_goes_on() {
+    let sandbox = Sandbox::new();
+    let shared = ["train.shard_state=true", "run.sample_every=10"];
+    launch(&sandbox, 3, "whole").set(RUN).run().ok();
+    launch(&sandbox, 3, "shared").set(RUN).set(&shared).run().ok();
+    let assert_same = |step: u64| {
+        for file in ["raw", "ema-0.9", "target", "optimizer"] {
+            let [whole, shared] = ["whole", "shared"]
+                .map(|out| checkpoint(&sandbox, out, step, &format!("{file}.safetensors")));
+            assert_eq!(relative_difference(&whole, &shared, |_| true), 0.0, "{file} of step {step}");
+        }
+    };
+    assert_same(20);
+    assert!(sandbox.list("shared/samples").contains(&"step-00000010-ema-0.9.png".to_owned()));
+    for out in ["whole", "shared"] {
+        let resumed = sandbox.cm(&format!("launch --nproc 2 -- train --device cpu --resume --out {out}"));
+        let done = resumed.set(&["train.total_steps=24"]).run().ok();
+        assert!(done.stderr.contains("resumed at step 20"), "{done:#?}");
+    }
+    assert_same(24);
+}
+
+#[test]
 fn ranks_distil_as_one_process_does() {
     let sandbox = Sandbox::new();
     teacher(&sandbox);

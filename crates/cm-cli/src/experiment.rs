@@ -31,7 +31,7 @@ pub struct Experiment {
     pub precond: PrecondSpec,
     /// The recipe, the optimiser and the averages.
     pub train: TrainSpec,
-    /// Dtype and memory order of the network's work.
+    /// Dtype, memory order and memory of the network's work.
     pub compute: ComputeSpec,
     /// How often what is written.
     pub run: RunSpec,
@@ -53,6 +53,9 @@ pub struct ComputeSpec {
     pub autocast: Option<LowPrecision>,
     /// Images and convolution weights in channels-last memory order.
     pub channels_last: bool,
+    /// In training, the network's blocks are computed again in the backward pass, for less memory.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub checkpoint_activations: bool,
 }
 
 /// Dtypes of autocast.
@@ -111,7 +114,8 @@ impl Experiment {
                 bail!("compute.autocast = \"fp16\" needs CUDA; on a CPU use --set compute.autocast=bf16")
             }
         };
-        Ok(Compute { autocast, channels_last: self.compute.channels_last })
+        let ComputeSpec { channels_last, checkpoint_activations, .. } = self.compute;
+        Ok(Compute { autocast, channels_last, checkpoint_activations })
     }
 
     /// What the model files of this experiment say about themselves.

@@ -1,5 +1,5 @@
 use cm_schedule::{Boundary, Edm, Precond, SigmaRange, reference};
-use cm_torch::{autocast::Autocast, fused::Packing, memory_format, rng};
+use cm_torch::{autocast::Autocast, fused::Packing, memory_format, recompute::Recompute, rng};
 use tch::{Device, Kind, Tensor};
 
 use crate::{Backbone, Cond, ConsistencyFn, Denoiser, ImageShape, Mode, Result, Sigma};
@@ -12,6 +12,9 @@ pub struct Compute {
     pub autocast: Option<Kind>,
     /// Hand images to the network in channels-last memory order.
     pub channels_last: bool,
+    /// In training, let the network compute its blocks again in the backward pass: less memory for more time. See
+    /// [`cm_torch::recompute`].
+    pub checkpoint_activations: bool,
 }
 
 /// A network with its preconditioning,
@@ -67,6 +70,7 @@ impl<N: Backbone, P: Precond> Preconditioned<N, P> {
         };
         let raw = {
             let _autocast = Autocast::enter(device, self.compute.autocast);
+            let _recompute = (train && self.compute.checkpoint_activations).then(Recompute::enter);
             self.net.forward(&input, &c_noise, cond, train)?
         };
         Ok(&x * scaled(|s| s.c_skip) + raw.to_kind(Kind::Float) * scaled(|s| s.c_out))

@@ -34,9 +34,12 @@ fn forward(c: &mut Criterion) {
     group.sampling_mode(SamplingMode::Flat);
     let ways = [
         ("fp32", Compute::default()),
-        ("fp32_channels_last", Compute { autocast: None, channels_last: true }),
-        ("bf16", Compute { autocast: Some(Kind::BFloat16), channels_last: false }),
-        ("bf16_channels_last", Compute { autocast: Some(Kind::BFloat16), channels_last: true }),
+        ("fp32_channels_last", Compute { channels_last: true, ..Compute::default() }),
+        ("bf16", Compute { autocast: Some(Kind::BFloat16), ..Compute::default() }),
+        (
+            "bf16_channels_last",
+            Compute { autocast: Some(Kind::BFloat16), channels_last: true, ..Compute::default() },
+        ),
     ];
     let cases = [
         ("ddpmpp_cifar10", SongUnetSpec::ddpmpp_cifar10(0), vec![1, 16]),

@@ -7,6 +7,7 @@ use cm_model::ParamPath;
 use tch::Tensor;
 
 use crate::layers::{Conv2d, Direction, FusedDown, GroupNorm};
+use crate::part::Part;
 use crate::reference::{SkipDecoder, SkipEncoder};
 use crate::unet_block::{BlockSpec, UnetBlock};
 use crate::{Probe, Result};
@@ -54,7 +55,7 @@ pub(crate) enum Aux {
 #[derive(Debug)]
 enum Entry {
     Conv(Conv2d),
-    Down(Box<UnetBlock>),
+    Down(Part<UnetBlock>),
 }
 
 #[derive(Debug)]
@@ -62,13 +63,13 @@ pub(crate) struct EncoderLevel {
     resolution: String,
     entry: Entry,
     pub(crate) aux: Aux,
-    blocks: Vec<UnetBlock>,
+    blocks: Vec<Part<UnetBlock>>,
 }
 
 #[derive(Debug)]
 struct DecoderBlock {
     name: String,
-    block: UnetBlock,
+    block: Part<UnetBlock>,
     takes_skip: bool,
 }
 
@@ -119,13 +120,13 @@ impl Body {
                 Entry::Conv(Conv2d::new(&named("conv"), plan.image_channels, channels, 3, init)?)
             } else {
                 let spec = plan.resampling(channels, Direction::Down);
-                Entry::Down(Box::new(UnetBlock::new(&named("down"), &spec)?))
+                Entry::Down(Part::new(UnetBlock::new(&named("down"), &spec)?))
             };
             skips.push(channels);
             let mut blocks = Vec::new();
             for index in 0..plan.num_blocks {
                 let spec = plan.block_at(Place::Encoder, level, channels, width);
-                blocks.push(UnetBlock::new(&named(&format!("block{index}")), &spec)?);
+                blocks.push(Part::new(UnetBlock::new(&named(&format!("block{index}")), &spec)?));
                 channels = width;
                 skips.push(channels);
             }
@@ -143,7 +144,7 @@ impl Body {
             let mut blocks = Vec::new();
             let mut add = |name: String, spec: &BlockSpec, takes_skip: bool| -> Result<()> {
                 let name = format!("{resolution}_{name}");
-                let block = UnetBlock::new(&path.sub(&name), spec)?;
+                let block = Part::new(UnetBlock::new(&path.sub(&name), spec)?);
                 blocks.push(DecoderBlock { name: format!("dec.{name}"), block, takes_skip });
                 Ok(())
             };
@@ -178,7 +179,7 @@ impl Body {
             let suffix;
             (x, suffix) = match entry {
                 Entry::Conv(conv) => (conv.forward(&x), "conv"),
-                Entry::Down(block) => (block.forward(&x, emb, train), "down"),
+                Entry::Down(block) => (block.forward(x, None, emb, train), "down"),
             };
             probe(&format!("enc.{resolution}_{suffix}"), &x);
             match into {
@@ -193,7 +194,7 @@ impl Body {
             }
             skips.push(x.shallow_clone());
             for (index, block) in blocks.iter().enumerate() {
-                x = block.forward(&x, emb, train);
+                x = block.forward(x, None, emb, train);
                 probe(&format!("enc.{resolution}_block{index}"), &x);
                 skips.push(x.shallow_clone());
             }
@@ -213,11 +214,8 @@ impl Body {
         let (mut x, mut image) = (bottom, None::<Tensor>);
         for DecoderLevel { resolution, blocks, output } in &self.decoder {
             for DecoderBlock { name, block, takes_skip } in blocks {
-                if *takes_skip {
-                    let skip = skips.pop().expect("as many skips as decoder blocks");
-                    x = Tensor::cat(&[x, skip], 1);
-                }
-                x = block.forward(&x, emb, train);
+                let skip = takes_skip.then(|| skips.pop().expect("as many skips as decoder blocks"));
+                x = block.forward(x, skip, emb, train);
                 probe(name, &x);
             }
             let Some(output) = output else { continue };

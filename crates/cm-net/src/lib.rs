@@ -27,6 +27,7 @@ mod layers;
 pub mod lpips;
 mod model;
 mod openai_unet;
+mod part;
 mod presets;
 pub mod reference;
 mod song_unet;

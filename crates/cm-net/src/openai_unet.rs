@@ -5,6 +5,7 @@ use tch::Tensor;
 
 use crate::embedding::{self, Frequencies};
 use crate::layers::{Attention, AttentionSpec, Conv2d, Direction, GroupNorm, LayerInit, Linear, QkvOrder};
+use crate::part::{Block, Part};
 use crate::spec::OpenaiUnetSpec;
 use crate::{Probe, Result};
 
@@ -39,8 +40,12 @@ struct Layers {
 #[derive(Debug)]
 struct Stage {
     name: String,
-    layers: Vec<Layer>,
+    layers: Part<Chain>,
 }
+
+/// Layers one behind the other.
+#[derive(Debug)]
+struct Chain(Vec<Layer>);
 
 #[derive(Debug)]
 enum Layer {
@@ -119,13 +124,13 @@ impl OpenaiUnet {
         let mut skips = Vec::new();
         let mut x = x.shallow_clone();
         for stage in &self.layers.input_blocks {
-            x = stage.forward(&x, &emb, train, probe);
+            x = stage.forward(x, None, &emb, train, probe);
             skips.push(x.shallow_clone());
         }
-        x = self.layers.middle_block.forward(&x, &emb, train, probe);
+        x = self.layers.middle_block.forward(x, None, &emb, train, probe);
         for stage in &self.layers.output_blocks {
             let skip = skips.pop().expect("as many skips as output blocks");
-            x = stage.forward(&Tensor::cat(&[x, skip], 1), &emb, train, probe);
+            x = stage.forward(x, Some(skip), &emb, train, probe);
         }
         let Layers { out_norm, out_conv, .. } = &self.layers;
         Ok(out_conv.forward(&out_norm.forward_silu(&x)))
@@ -188,7 +193,7 @@ fn attention(path: &ParamPath<'_>, channels: i64, spec: &OpenaiUnetSpec) -> Resu
 fn input_blocks(path: &ParamPath<'_>, spec: &OpenaiUnetSpec, skips: &mut Vec<i64>) -> Result<Vec<Stage>> {
     let (widths, mut channels) = (spec.widths(), spec.widths()[0]);
     let stem = Conv2d::new(&path.sub(0).sub(0), spec.image_channels, channels, 3, LayerInit::FanIn)?;
-    let mut stages = vec![Stage { name: "input_blocks.0".into(), layers: vec![Layer::Conv(stem)] }];
+    let mut stages = vec![Stage::new("input_blocks.0".into(), vec![Layer::Conv(stem)])];
     skips.push(channels);
     for (level, &width) in widths.iter().enumerate() {
         for _ in 0..spec.num_blocks {
@@ -198,7 +203,7 @@ fn input_blocks(path: &ParamPath<'_>, spec: &OpenaiUnetSpec, skips: &mut Vec<i64
             if spec.attends(level) {
                 layers.push(attention(&path.sub(1), channels, spec)?);
             }
-            stages.push(Stage { name: format!("input_blocks.{}", stages.len()), layers });
+            stages.push(Stage::new(format!("input_blocks.{}", stages.len()), layers));
             skips.push(channels);
         }
         if level + 1 < widths.len() {
@@ -208,7 +213,7 @@ fn input_blocks(path: &ParamPath<'_>, spec: &OpenaiUnetSpec, skips: &mut Vec<i64
             } else {
                 Layer::Conv(Conv2d::new(&path.sub("op"), channels, channels, 3, LayerInit::FanIn)?.strided(2))
             };
-            stages.push(Stage { name: format!("input_blocks.{}", stages.len()), layers: vec![layer] });
+            stages.push(Stage::new(format!("input_blocks.{}", stages.len()), vec![layer]));
             skips.push(channels);
         }
     }
@@ -222,7 +227,7 @@ fn middle_block(path: &ParamPath<'_>, spec: &OpenaiUnetSpec) -> Result<Stage> {
         attention(&path.sub(1), channels, spec)?,
         Layer::Res(ResBlock::new(&path.sub(2), spec, channels, channels, None)?),
     ];
-    Ok(Stage { name: "middle_block".into(), layers })
+    Ok(Stage::new("middle_block".into(), layers))
 }
 
 fn output_blocks(path: &ParamPath<'_>, spec: &OpenaiUnetSpec, skips: &mut Vec<i64>) -> Result<Vec<Stage>> {
@@ -247,16 +252,35 @@ fn output_blocks(path: &ParamPath<'_>, spec: &OpenaiUnetSpec, skips: &mut Vec<i6
                     Layer::Upsample(Conv2d::new(&path.sub("conv"), channels, channels, 3, LayerInit::FanIn)?)
                 });
             }
-            stages.push(Stage { name: format!("output_blocks.{}", stages.len()), layers });
+            stages.push(Stage::new(format!("output_blocks.{}", stages.len()), layers));
         }
     }
     Ok(stages)
 }
 
 impl Stage {
-    fn forward(&self, x: &Tensor, emb: &Tensor, train: bool, probe: Probe<'_>) -> Tensor {
+    fn new(name: String, layers: Vec<Layer>) -> Self {
+        Self { name, layers: Part::new(Chain(layers)) }
+    }
+
+    fn forward(
+        &self,
+        x: Tensor,
+        skip: Option<Tensor>,
+        emb: &Tensor,
+        train: bool,
+        probe: Probe<'_>,
+    ) -> Tensor {
+        let x = self.layers.forward(x, skip, emb, train);
+        probe(&self.name, &x);
+        x
+    }
+}
+
+impl Block for Chain {
+    fn forward(&self, x: &Tensor, emb: &Tensor, train: bool) -> Tensor {
         let mut x = x.shallow_clone();
-        for layer in &self.layers {
+        for layer in &self.0 {
             x = match layer {
                 Layer::Conv(conv) => conv.forward(&x),
                 Layer::Res(block) => block.forward(&x, emb, train),
@@ -264,7 +288,6 @@ impl Stage {
                 Layer::Upsample(conv) => conv.forward(&resample(&x, Direction::Up)),
             };
         }
-        probe(&self.name, &x);
         x
     }
 }

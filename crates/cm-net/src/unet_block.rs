@@ -10,6 +10,7 @@ use crate::layers::{
     Attention, AttentionSpec, Conv2d, Direction, GroupNorm, LayerInit, Linear, QkvOrder, Resample,
     ResampledConv,
 };
+use crate::part::Block;
 
 /// The start of a block's weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -154,5 +155,11 @@ impl UnetBlock {
             Some(attention) => scaled_sum(&attention.forward(&x), &x, self.skip_scale),
             None => x,
         }
+    }
+}
+
+impl Block for UnetBlock {
+    fn forward(&self, x: &Tensor, emb: &Tensor, train: bool) -> Tensor {
+        UnetBlock::forward(self, x, emb, train)
     }
 }

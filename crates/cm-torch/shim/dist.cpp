@@ -32,6 +32,14 @@ void quieten() {
   }
 }
 
+// One list of handles on the equal parts of `all`, or none if there is no `all`.
+std::vector<std::vector<at::Tensor>> by_rank(cm_tensor all, int ranks) {
+  if (all == nullptr) {
+    return {};
+  }
+  return {all->detach().chunk(ranks, 0)};
+}
+
 } // namespace
 
 extern "C" {
@@ -125,6 +133,39 @@ char* cm_group_broadcast(void* group, cm_tensor tensor, int root, void** work) {
     c10d::BroadcastOptions options;
     options.rootRank = root;
     *work = new WorkPtr((*static_cast<GroupPtr*>(group))->broadcast(tensors, options));
+  });
+}
+
+// Starts collecting `own` of every rank, rank by rank, in `all` of every rank.
+char* cm_group_all_gather(void* group, cm_tensor own, cm_tensor all, void** work) {
+  return cm_guard([&] {
+    at::Tensor input = own->detach();
+    at::Tensor output = all->detach();
+    *work = new WorkPtr((*static_cast<GroupPtr*>(group))->_allgather_base(output, input));
+  });
+}
+
+// Starts collecting `own` of every rank in `all` of rank `root`; elsewhere `all` is null.
+char* cm_group_gather(void* group, cm_tensor own, cm_tensor all, int root, void** work) {
+  return cm_guard([&] {
+    auto& gloo = *static_cast<GroupPtr*>(group);
+    std::vector<at::Tensor> inputs{own->detach()};
+    auto outputs = by_rank(all, gloo->getSize());
+    c10d::GatherOptions options;
+    options.rootRank = root;
+    *work = new WorkPtr(gloo->gather(outputs, inputs, options));
+  });
+}
+
+// Starts handing every rank its part of `all` of rank `root` in `own`; elsewhere `all` is null.
+char* cm_group_scatter(void* group, cm_tensor own, cm_tensor all, int root, void** work) {
+  return cm_guard([&] {
+    auto& gloo = *static_cast<GroupPtr*>(group);
+    std::vector<at::Tensor> outputs{own->detach()};
+    auto inputs = by_rank(all, gloo->getSize());
+    c10d::ScatterOptions options;
+    options.rootRank = root;
+    *work = new WorkPtr(gloo->scatter(outputs, inputs, options));
   });
 }
 

@@ -452,4 +452,15 @@ char* cm_ema_update(size_t n, const cm_tensor* weights, size_t n_emas, const CmE
   });
 }
 
+// Makes `grad` the gradient of `tensor`, or takes that away if `grad` is null.
+char* cm_set_grad(cm_tensor tensor, cm_tensor grad) {
+  return cm_guard([&] {
+    if (grad == nullptr) {
+      tensor->mutable_grad().reset();
+    } else {
+      tensor->mutable_grad() = grad->detach();
+    }
+  });
+}
+
 } // extern "C"

@@ -10,6 +10,7 @@
 //! | how are images laid out in memory? | [`memory_format`] |
 //! | how does the CPU normalise, add and convolve in fewer passes? | [`fused`] |
 //! | how do processes train together? | [`dist`] |
+//! | how does a backward pass do with less memory? | [`recompute`] |
 //!
 //! The C++ lies in `shim/`; it is compiled by the build script against the headers beside the libtorch that
 //! torch-sys found, and every call to it goes through the private module `shim`, which turns C++ exceptions into
@@ -27,6 +28,7 @@ pub mod fused;
 pub mod memory_format;
 pub mod optim;
 pub mod philox;
+pub mod recompute;
 pub mod rng;
 mod shim;
 

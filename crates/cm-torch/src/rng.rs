@@ -28,7 +28,7 @@ thread_local! {
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Window {
+pub(crate) struct Window {
     of: i64,
     start: i64,
 }
@@ -56,7 +56,12 @@ pub struct Rows {
 impl Rows {
     /// Row 0 of a batch is row `start` of `of`.
     pub fn enter(of: i64, start: i64) -> Self {
-        Self { before: WINDOW.replace(Some(Window { of, start })), _thread: PhantomData }
+        Self::again(Some(Window { of, start }))
+    }
+
+    /// The window that there was when [`window_now`] was called.
+    pub(crate) fn again(window: Option<Window>) -> Self {
+        Self { before: WINDOW.replace(window), _thread: PhantomData }
     }
 }
 
@@ -64,6 +69,11 @@ impl Drop for Rows {
     fn drop(&mut self) {
         WINDOW.set(self.before);
     }
+}
+
+/// The window of this thread, whether or not it is one.
+pub(crate) fn window_now() -> Option<Window> {
+    WINDOW.get()
 }
 
 /// The window that `rows` rows are less than the whole of.

@@ -9,6 +9,7 @@ use crate::{Error, Result};
 
 pub(crate) mod dist;
 pub(crate) mod fused;
+pub(crate) mod recompute;
 
 /// Mirrors `CmOptimStep` in `shim/optim.cpp`.
 #[repr(C)]
@@ -72,6 +73,7 @@ unsafe extern "C" {
         emas: *const Ema,
         by_lists: bool,
     ) -> *mut c_char;
+    fn cm_set_grad(tensor: *const C_tensor, grad: *const C_tensor) -> *mut c_char;
     fn cm_norm(
         n: usize,
         tensors: *const *const C_tensor,
@@ -257,6 +259,11 @@ pub(crate) fn optim_step(
 pub(crate) fn ema_update(weights: &[*const C_tensor], emas: &[Ema], by_lists: bool) -> Result<()> {
     // SAFETY: as in `optim_step`.
     check(unsafe { cm_ema_update(weights.len(), weights.as_ptr(), emas.len(), emas.as_ptr(), by_lists) })
+}
+
+pub(crate) fn set_grad(tensor: &Tensor, grad: Option<&Tensor>) -> Result<()> {
+    // SAFETY: both outlive the call, which makes a handle of its own on the gradient.
+    check(unsafe { cm_set_grad(tensor.as_ptr(), grad.map_or(std::ptr::null(), Tensor::as_ptr)) })
 }
 
 pub(crate) fn norm(tensors: &[*const C_tensor], grads: bool, by_lists: bool) -> Result<f64> {

@@ -82,13 +82,14 @@ fn train_spec(batch: usize) -> TrainSpec {
         emas: vec![EmaRule::Beta { beta: 0.9999 }],
         grad_clip: None,
         replace_non_finite: None,
+        shard_state: false,
     }
 }
 
 fn step(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("ct_step");
     group.sampling_mode(SamplingMode::Flat).sample_size(10).warm_up_time(Duration::from_secs(1));
-    let fast = |autocast| Compute { autocast, channels_last: true };
+    let fast = |autocast| Compute { autocast, channels_last: true, ..Compute::default() };
     let cases: [(&str, NetSpec, usize, Compute); 5] = [
         ("digits_1x8x8_b128_f32", digits().into(), 128, Compute::default()),
         ("digits_1x8x8_b128_f32_cl", digits().into(), 128, fast(None)),

@@ -111,7 +111,7 @@ fn ratio(work: &mut dyn FnMut()) -> f64 {
 }
 
 fn main() -> ExitCode {
-    let bf16 = Compute { autocast: Some(Kind::BFloat16), channels_last: true };
+    let bf16 = Compute { autocast: Some(Kind::BFloat16), channels_last: true, ..Compute::default() };
     let (digits, emoji) = (spec(8, 1, &[1, 2]), spec(32, 3, &[1, 2, 2]));
     let mut rows: [(&str, Box<dyn FnMut()>); 3] = [
         ("training step, 8×8, batch 128, float32", Box::new(training(&digits, 128, Compute::default()))),

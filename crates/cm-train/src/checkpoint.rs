@@ -156,7 +156,7 @@ impl Checkpoints {
         write: impl FnOnce(&Path) -> Result<()>,
     ) -> Result<PathBuf> {
         let place = self.path(step);
-        if Checkpoint::looks_whole(&place) {
+        if self.has(step) {
             return Ok(place);
         }
         let temp = self.hidden(step, "partial");
@@ -179,6 +179,11 @@ impl Checkpoints {
         files::sync_folder(&self.root)?;
         remove_tree(&self.hidden(step, "old"))?;
         Ok(place)
+    }
+
+    /// Whether the checkpoint of `step` is there, with every file in its full length.
+    pub(crate) fn has(&self, step: u64) -> bool {
+        Checkpoint::looks_whole(&self.path(step))
     }
 
     /// Removes old checkpoints, and what a killed run left behind half-written or half-removed.

@@ -4,6 +4,7 @@
 use cm_torch::optim;
 use tch::Tensor;
 
+use crate::shards::owned;
 use crate::trainer::named;
 use crate::{Batch, Error, Result, Trainable, Trainer};
 
@@ -41,10 +42,25 @@ impl<M: Trainable> Trainer<M> {
     }
 
     /// Whether everything that a checkpoint holds is finite: what is saved is what a run goes on from.
+    ///
+    /// Where averages and moments are shared out, all ranks look at their own, and find what any of them found.
     pub(crate) fn check_state(&self) -> Result<()> {
-        let spoilt = |what| Err(Error::Spoilt { step: self.step, what, advice: self.advice() });
+        let mut found = self.first_spoilt()?;
+        if let Some(group) = self.group().filter(|_| self.is_sharded()) {
+            let all = group.all_gather("whether all is finite", found.unwrap_or_default().as_bytes())?;
+            let first = all.into_iter().find(|text| !text.is_empty());
+            found = first.map(|text| String::from_utf8_lossy(&text).into_owned());
+        }
+        match found {
+            None => Ok(()),
+            Some(what) => Err(Error::Spoilt { step: self.step, what, advice: self.advice() }),
+        }
+    }
+
+    /// The first of what this process holds that is not finite.
+    fn first_spoilt(&self) -> Result<Option<String>> {
         let weights = named(&self.weights);
-        let moments = self.optimizer.export();
+        let moments = self.moments()?;
         let moments: Vec<(&str, &Tensor)> =
             moments.iter().filter(|(_, t)| t.is_floating_point()).map(|(n, t)| (n.as_str(), t)).collect();
         // One wait for the device tells that all is well; which tensor is not is asked only then.
@@ -52,22 +68,20 @@ impl<M: Trainable> Trainer<M> {
         let all: Vec<&Tensor> =
             weights.iter().chain(&moments).map(|(_, tensor)| *tensor).chain(averages).collect();
         if optim::norm(&all)?.is_finite() {
-            return Ok(());
+            return Ok(None);
         }
         if let Some(name) = optim::first_non_finite(&weights)? {
-            return spoilt(format!("weight '{name}'"));
+            return Ok(Some(format!("weight '{name}'")));
         }
+        let own = owned(self.shard.as_ref(), &self.weights);
         for ema in &self.emas {
             let averages: Vec<(&str, &Tensor)> =
-                weights.iter().map(|(name, _)| *name).zip(&ema.tensors).collect();
+                own.iter().map(|(name, _)| name.as_str()).zip(&ema.tensors).collect();
             if let Some(name) = optim::first_non_finite(&averages)? {
-                return spoilt(format!("weight '{name}' of the average {}", ema.name));
+                return Ok(Some(format!("weight '{name}' of the average {}", ema.name)));
             }
         }
-        match optim::first_non_finite(&moments)? {
-            Some(name) => spoilt(format!("the optimiser's '{name}'")),
-            None => Ok(()),
-        }
+        Ok(optim::first_non_finite(&moments)?.map(|name| format!("the optimiser's '{name}'")))
     }
 
     /// What to lower.

@@ -31,6 +31,7 @@ mod networks;
 mod ranks;
 mod recipe;
 mod run;
+mod shards;
 mod spec;
 mod state;
 #[cfg(test)]

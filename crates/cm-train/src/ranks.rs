@@ -86,12 +86,17 @@ impl<M: Trainable> Trainer<M> {
                 state.iter().map(|(_, tensor)| tensor).filter(|tensor| tensor.kind() == kind).collect();
             group.broadcast_many("the state of rank 0", &of_kind, 0)?;
         }
-        // What the optimiser exports are handles on its moments, but its step is a copy.
-        self.optimizer.import(&optimizer_state(&state))?;
+        if !self.spec().shard_state {
+            // What the optimiser exports are handles on its moments, but its step is a copy.
+            self.optimizer.import(&optimizer_state(&state))?;
+        }
         let counts = Tensor::from_slice(&[self.step as i64, self.images as i64]);
         group.broadcast("the step of rank 0", &counts, 0)?;
         let counts = Vec::<i64>::try_from(&counts)?;
         (self.step, self.images) = (counts[0] as u64, counts[1] as u64);
+        if self.spec().shard_state {
+            self.take_share(group.clone())?;
+        }
         self.group = Some(group);
         self.compare()
     }
@@ -181,7 +186,7 @@ impl<M: Trainable> Trainer<M> {
         Ok(norm.double_value(&[0]))
     }
 
-    /// Everything that is state, under names that tell a reader what it is.
+    /// Everything that is state and that all ranks have, under names that tell a reader what it is.
     fn state_tensors(&self) -> Vec<(String, Tensor)> {
         let mut state = Vec::new();
         let mut add = |what: &str, name: &str, tensor: &Tensor| {
@@ -190,16 +195,18 @@ impl<M: Trainable> Trainer<M> {
         for (name, tensor) in self.student().params().iter() {
             add("weight", name, tensor);
         }
-        for ema in &self.emas {
-            for ((name, _), tensor) in self.weights.iter().zip(&ema.tensors) {
-                add(&format!("average {} of", ema.name), name, tensor);
-            }
-        }
         for (name, tensor) in self.target().iter().flat_map(|target| target.params().iter()) {
             add("target's weight", name, tensor);
         }
-        for (name, tensor) in self.optimizer.export() {
-            add(MOMENT, &name, &tensor);
+        if !self.spec().shard_state {
+            for ema in &self.emas {
+                for ((name, _), tensor) in self.weights.iter().zip(&ema.tensors) {
+                    add(&format!("average {} of", ema.name), name, tensor);
+                }
+            }
+            for (name, tensor) in self.optimizer.export() {
+                add(MOMENT, &name, &tensor);
+            }
         }
         state
     }

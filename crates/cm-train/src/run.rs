@@ -187,37 +187,56 @@ pub fn run<M: Trainable>(
             if due(session.spec.log_every) {
                 logs.write(&report)?.iter().for_each(|entry| observer.on_log(entry));
             }
-            // The other ranks wait in their next exchange, however long this takes.
-            let _busy = trainer.group().map(ProcessGroup::busy);
-            if due(session.spec.checkpoint_every) {
-                save(trainer, &checkpoints, session, observer)?;
-                last_saved = Some(report.step);
-            }
-            if due(session.spec.sample_every) {
-                let failed = |source| Error::Observer { step: report.step, source };
-                observer.on_sample(trainer).map_err(failed)?;
-            }
+        }
+        let group = trainer.group.clone();
+        // The other ranks wait in their next exchange, however long this takes.
+        let _busy = group.as_deref().filter(|group| group.is_first()).map(ProcessGroup::busy);
+        if due(session.spec.checkpoint_every) {
+            save(trainer, &checkpoints, session, observer)?;
+            last_saved = Some(report.step);
+        }
+        if due(session.spec.sample_every) {
+            draw(trainer, observer)?;
         }
         last_report = Some(report);
     }
-    let unsaved = last_report.filter(|report| last_saved != Some(report.step));
-    if let (Some(logs), Some(report)) = (&mut logs, unsaved) {
-        let _busy = trainer.group().map(ProcessGroup::busy);
-        logs.write(&report)?.iter().for_each(|entry| observer.on_log(entry));
+    if let Some(report) = last_report.filter(|report| last_saved != Some(report.step)) {
+        let _busy = trainer.group().filter(|group| group.is_first()).map(ProcessGroup::busy);
+        if let Some(logs) = &mut logs {
+            logs.write(&report)?.iter().for_each(|entry| observer.on_log(entry));
+        }
         save(trainer, &checkpoints, session, observer)?;
     }
     Ok(if trainer.is_finished() { Ending::Finished } else { Ending::Stopped })
 }
 
+/// Saves, on the rank that writes; the others do their part of it where they have one.
 fn save<M: Trainable>(
     trainer: &Trainer<M>,
     checkpoints: &Checkpoints,
     session: &Session<'_>,
     observer: &mut dyn Observer<M>,
 ) -> Result<()> {
+    if !trainer.writes() && !trainer.is_sharded() {
+        return Ok(());
+    }
     let folder = trainer.save(checkpoints, session.metadata).map_err(|error| diverged(error, checkpoints))?;
+    if !trainer.writes() {
+        return Ok(());
+    }
     checkpoints.prune(session.spec.keep())?;
     observer.on_checkpoint(&folder, trainer.steps_done());
+    Ok(())
+}
+
+/// Lets the observer draw samples, on the rank that writes.
+fn draw<M: Trainable>(trainer: &mut Trainer<M>, observer: &mut dyn Observer<M>) -> Result<()> {
+    trainer.gather_averages()?;
+    if trainer.writes() {
+        let failed = |source| Error::Observer { step: trainer.steps_done(), source };
+        observer.on_sample(trainer).map_err(failed)?;
+    }
+    trainer.drop_averages();
     Ok(())
 }
 

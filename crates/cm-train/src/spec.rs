@@ -48,6 +48,10 @@ pub struct TrainSpec {
     /// stopping the run. A loss that is not finite stops it in any case.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replace_non_finite: Option<f64>,
+    /// Whether each of several ranks holds a share of averages and moments alone, which needs less memory and has the
+    /// same result; one process holds them all in any case.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub shard_state: bool,
 }
 
 /// Images of one step: more is a slip of the pen.

@@ -2,6 +2,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use cm_model::{Bundle, Cast};
+use tch::Tensor;
 
 use crate::checkpoint::{OPTIMIZER_FILE, RAW_FILE, TARGET_FILE, ema_file};
 use crate::trainer::Borrowed;
@@ -24,7 +25,8 @@ pub type Metadata<'a> = dyn Fn(Weights<'_>, u64) -> BTreeMap<String, String> + '
 impl<M: Trainable> Trainer<M> {
     /// Writes a checkpoint of the state between two steps and returns its folder.
     ///
-    /// `metadata` is asked for each model file, with the number of steps taken.
+    /// `metadata` is asked for each model file, with the number of steps taken. Where averages and moments are shared
+    /// out ([`Trainer::is_sharded`]), all ranks call this, and rank 0 writes.
     ///
     /// # Errors
     /// [`crate::Error::Spoilt`] if a weight, an average or a moment is not finite: nothing could go on from there.
@@ -32,24 +34,37 @@ impl<M: Trainable> Trainer<M> {
     /// checkpoint.
     pub fn save(&self, checkpoints: &Checkpoints, metadata: &Metadata<'_>) -> Result<PathBuf> {
         self.check_state()?;
+        if let Some(group) = self.group().filter(|_| self.is_sharded()) {
+            let there =
+                Tensor::from_slice(&[i64::from(group.is_first() && checkpoints.has(self.steps_done()))]);
+            group.broadcast("whether there is a checkpoint of this step", &there, 0)?;
+            if there.f_int64_value(&[0])? != 0 {
+                return Ok(checkpoints.path(self.steps_done()));
+            }
+            if !group.is_first() {
+                self.each_average(|_, _| Ok(()))?;
+                self.whole_moments()?;
+                return Ok(checkpoints.path(self.steps_done()));
+            }
+        }
         checkpoints.save(self.steps_done(), self.images_seen(), self.spec(), |folder| {
             self.write_files(folder, metadata)
         })
     }
 
     fn write_files(&self, folder: &Path, metadata: &Metadata<'_>) -> Result<()> {
-        let metadata = |weights| metadata(weights, self.steps_done());
+        let metadata = |weights: Weights<'_>| metadata(weights, self.steps_done());
         let params = self.student().params();
         params.write(&folder.join(RAW_FILE), &metadata(Weights::Raw))?;
-        for ema in &self.emas {
-            let _borrowed = Borrowed::new(&self.weights, &ema.tensors);
-            params.write(&folder.join(ema_file(&ema.name)), &metadata(Weights::Ema(&ema.name)))?;
-        }
+        self.each_average(|name, tensors| {
+            let _borrowed = Borrowed::new(&self.weights, tensors);
+            Ok(params.write(&folder.join(ema_file(name)), &metadata(Weights::Ema(name)))?)
+        })?;
         if let Some(target) = self.target() {
             target.params().write(&folder.join(TARGET_FILE), &metadata(Weights::Target))?;
         }
-        let optimizer = Bundle { tensors: self.optimizer.export(), metadata: BTreeMap::new() };
-        Ok(optimizer.write(&folder.join(OPTIMIZER_FILE))?)
+        let tensors = self.whole_moments()?.unwrap_or_default();
+        Ok(Bundle { tensors, metadata: BTreeMap::new() }.write(&folder.join(OPTIMIZER_FILE))?)
     }
 
     /// Takes over the state of a checkpoint and returns the settings that differ from those that it was trained with.
@@ -59,6 +74,7 @@ impl<M: Trainable> Trainer<M> {
     /// [`crate::Error::Model`] if weights do not fit. The trainer must not be used then: parts of it may have been
     /// loaded.
     pub fn resume(&mut self, checkpoint: &Checkpoint) -> Result<Vec<String>> {
+        self.make_state()?;
         let read = |name: &str| Ok::<_, crate::Error>(Bundle::read(&checkpoint.file(name)?)?.tensors);
         let params = self.student.params();
         params.load(&read(RAW_FILE)?, Cast::Never)?;

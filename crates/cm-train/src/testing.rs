@@ -113,6 +113,7 @@ pub(crate) fn spec() -> TrainSpec {
         ],
         grad_clip: None,
         replace_non_finite: None,
+        shard_state: false,
     }
 }
 

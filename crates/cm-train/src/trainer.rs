@@ -5,12 +5,14 @@ use cm_model::{Cond, Denoiser, Mode, NoiseSource, Philox, Site};
 use cm_schedule::rng::Purpose;
 use cm_schedule::{EmaRule, KarrasGrid};
 use cm_torch::dist::ProcessGroup;
-use cm_torch::optim::{EmaTarget, Optimizer, StepOptions};
+use cm_torch::optim::{EmaTarget, Optimizer, StepOptions, ema_update};
+use cm_torch::recompute;
 use cm_torch::rng::Rows;
 use tch::{Device, Kind, Tensor};
 
 use crate::networks;
 use crate::recipe::{Levels, Place, Schedule};
+use crate::shards::{Shard, copies, owned};
 use crate::{
     Distance, Error, Example, Losses, Method, Networks, Result, Target, Teacher, TrainSpec, Trainable,
     consistency_loss, denoising_loss, distillation_loss, ema_name, progressive_loss,
@@ -64,7 +66,7 @@ pub struct SampleLoss {
 pub(crate) struct Ema {
     pub(crate) name: String,
     pub(crate) rule: EmaRule,
-    /// One tensor for each trained weight, in the order of [`Trainer::weights`].
+    /// One tensor for each trained weight, in the order of [`Trainer::weights`]; of a share, one for each piece of it.
     pub(crate) tensors: Vec<Tensor>,
 }
 
@@ -88,6 +90,11 @@ pub struct Trainer<M> {
     pub(crate) images: u64,
     /// The other processes that train with this one, where there are some; see [`Trainer::join`].
     pub(crate) group: Option<Rc<ProcessGroup>>,
+    /// This rank's share of averages and moments, where they are shared out.
+    pub(crate) shard: Option<Shard>,
+    /// Whether there are averages and moments. Where they are to be shared out they come last, so that no rank ever
+    /// holds more than it has to; until then, averages are handles on the weights.
+    pub(crate) has_state: bool,
 }
 
 impl<M: Trainable> Trainer<M> {
@@ -108,14 +115,16 @@ impl<M: Trainable> Trainer<M> {
             model.params().trainable().map(|(name, t)| (name.to_owned(), t.shallow_clone())).collect()
         };
         let weights = handles(&student);
-        let emas = spec.emas.iter().map(|rule| Ema {
-            name: ema_name(rule),
-            rule: *rule,
-            tensors: weights.iter().map(|(_, weight)| weight.detach().copy()).collect(),
-        });
+        let has_state = !spec.shard_state;
+        let start = || match has_state {
+            true => copies(&weights),
+            false => weights.iter().map(|(_, weight)| weight.detach()).collect(),
+        };
+        let ema = |rule| Ema { name: ema_name(rule), rule: *rule, tensors: start() };
+        let moved = if has_state { named(&weights) } else { Vec::new() };
         Ok(Self {
-            emas: emas.collect(),
-            optimizer: Optimizer::new(spec.optimizer, &named(&weights))?,
+            emas: spec.emas.iter().map(ema).collect(),
+            optimizer: Optimizer::new(spec.optimizer, &moved)?,
             target_weights: target.iter().flat_map(handles).map(|(_, weight)| weight).collect(),
             weights,
             student,
@@ -127,6 +136,8 @@ impl<M: Trainable> Trainer<M> {
             step: 0,
             images: 0,
             group: None,
+            shard: None,
+            has_state,
         })
     }
 
@@ -174,13 +185,19 @@ impl<M: Trainable> Trainer<M> {
     /// its own weights back afterwards, also after a panic.
     ///
     /// # Errors
-    /// [`Error::Setting`] if there is no such average.
+    /// [`Error::Setting`] if there is no such average; [`Error::Input`] if it is shared out among ranks, and
+    /// [`Trainer::gather_averages`] has not put it together here.
     pub fn with_ema<T>(&self, name: &str, use_model: impl FnOnce(&M) -> T) -> Result<T> {
-        let ema = self.emas.iter().find(|ema| ema.name == name).ok_or_else(|| {
+        let index = self.emas.iter().position(|ema| ema.name == name).ok_or_else(|| {
             let names: Vec<_> = self.ema_names().collect();
             Error::setting("ema", name, names.join(" or "), "these are the averages that the run keeps")
         })?;
-        let _borrowed = Borrowed::new(&self.weights, &ema.tensors);
+        let tensors = self.whole_average(index).ok_or_else(|| Error::Input {
+            what: "weight average",
+            expected: "Trainer::gather_averages on all ranks first".to_owned(),
+            got: format!("a share of {name}"),
+        })?;
+        let _borrowed = Borrowed::new(&self.weights, tensors);
         Ok(use_model(&self.student))
     }
 
@@ -205,6 +222,7 @@ impl<M: Trainable> Trainer<M> {
     }
 
     fn try_step(&mut self, batch: &Batch) -> Result<StepReport> {
+        self.make_state()?;
         let place = Place { seed: self.spec.seed, step: self.step, total_steps: self.spec.total_steps };
         let stage = self.spec.recipe().stage(place.step, place.total_steps);
         if stage.as_ref().is_some_and(|stage| stage.start == self.step) && self.step > 0 {
@@ -247,12 +265,13 @@ impl<M: Trainable> Trainer<M> {
             target.params().copy_from(self.student.params())?;
         }
         let _no_grad = tch::no_grad_guard();
+        let own = owned(self.shard.as_ref(), &self.weights);
         for ema in &self.emas {
-            for (average, (_, weight)) in ema.tensors.iter().zip(&self.weights) {
+            for (average, (_, weight)) in ema.tensors.iter().zip(own) {
                 average.shallow_clone().copy_(weight);
             }
         }
-        self.optimizer = Optimizer::new(self.spec.optimizer, &named(&self.weights))?;
+        self.optimizer = Optimizer::new(self.spec.optimizer, &named(own))?;
         Ok(())
     }
 
@@ -285,7 +304,7 @@ impl<M: Trainable> Trainer<M> {
                 let cond = batch.cond.narrow(offset, piece.len() as i64);
                 self.part_losses(&images, &cond, place, part as u64, piece)?
             };
-            (losses.per_sample.sum(Kind::Float) / self.spec.batch as f64).f_backward()?;
+            recompute::backward(&(losses.per_sample.sum(Kind::Float) / self.spec.batch as f64))?;
             results.push(Tensor::stack(&[losses.per_sample.detach(), losses.distance], 1));
             sigmas.extend(sigma);
         }
@@ -364,9 +383,17 @@ impl<M: Trainable> Trainer<M> {
             .map(|ema| EmaTarget { beta: ema.rule.beta(seen, batch), tensors: &ema.tensors })
             .collect();
         // Algorithm 3, last lines: θ⁻ follows the θ that this step made.
-        averages.extend(schedule.mu.map(|mu| EmaTarget { beta: mu, tensors: &self.target_weights }));
-        self.optimizer.step(&options, &named(&self.weights), &averages)?;
-        Ok(())
+        let target = schedule.mu.map(|mu| EmaTarget { beta: mu, tensors: &self.target_weights });
+        let Some(shard) = &self.shard else {
+            averages.extend(target);
+            self.optimizer.step(&options, &named(&self.weights), &averages)?;
+            return Ok(());
+        };
+        shard.take_gradients(&self.weights)?;
+        self.optimizer.step(&options, &named(&shard.pieces), &averages)?;
+        shard.share_weights(self.step + 1)?;
+        // Every rank evaluates the target, and so holds all of it.
+        Ok(ema_update(&named(&self.weights), target.as_slice())?)
     }
 }
 

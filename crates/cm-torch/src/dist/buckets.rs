@@ -4,7 +4,7 @@ use super::ProcessGroup;
 use crate::Result;
 
 /// Elements of a flat bucket: 25 MB of float32.
-const BUCKET: usize = 6 << 20;
+pub(super) const BUCKET: usize = 6 << 20;
 
 impl ProcessGroup {
     /// [`all_reduce`](Self::all_reduce) of many tensors of one kind, which may lie in memory in any order: one exchange

@@ -221,7 +221,7 @@ impl ProcessGroup {
         Ok(())
     }
 
-    fn exchange(
+    pub(super) fn exchange(
         &self,
         what: &str,
         tensor: &Tensor,

@@ -17,9 +17,11 @@
 mod buckets;
 mod group;
 mod rendezvous;
+mod rows;
 #[cfg(test)]
 mod tests;
 mod watch;
 
 pub use group::{Busy, ProcessGroup};
 pub use rendezvous::{Keeper, Limits, Rendezvous};
+pub use rows::{Piece, Row, share_of};

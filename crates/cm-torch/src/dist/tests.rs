@@ -3,7 +3,7 @@ use std::time::{Duration, Instant};
 
 use tch::{Kind, Tensor};
 
-use super::{Keeper, Limits, ProcessGroup, Rendezvous};
+use super::{Keeper, Limits, ProcessGroup, Rendezvous, Row, share_of};
 use crate::Error;
 
 fn free_port() -> u16 {
@@ -94,6 +94,48 @@ fn every_rank_hears_what_all_have_to_say() {
     for (texts, none) in all {
         assert_eq!(texts, [&b""[..], b"x", b"xx", b"xxx"]);
         assert_eq!(none, vec![Vec::<u8>::new(); 4]);
+    }
+}
+
+#[test]
+fn rows_are_shared_out_and_put_together_again() {
+    // More than one bucket, a share that ends early, and one rank with nothing at all.
+    for (size, lengths) in [(2, vec![3, 1, (6 << 20) + 7]), (4, vec![5, 0, 4, 2]), (4, vec![1, 1, 1])] {
+        let numbers: i64 = lengths.iter().sum();
+        let results = on_ranks(size, 60, |group| {
+            let zeros = || -> Vec<Tensor> {
+                lengths.iter().map(|&n| Tensor::zeros([n], (Kind::Float, tch::Device::Cpu))).collect()
+            };
+            let whole = |tensors: &[Tensor]| Row::of(tensors).unwrap();
+            let filled =
+                Tensor::arange(numbers, (Kind::Float, tch::Device::Cpu)).split_with_sizes(&lengths, 0);
+            let share = share_of(numbers as usize, group.rank(), size);
+            let own = [Tensor::zeros([share.len() as i64], (Kind::Float, tch::Device::Cpu))];
+            let on_last = |tensors: &[Tensor]| (group.rank() == size - 1).then(|| whole(tensors));
+            let (first, last) = (whole(&own), size - 1);
+            group.scatter_row("out", numbers as usize, &first, on_last(&filled).as_ref(), last).unwrap();
+            let sum = own[0].sum(Kind::Double).double_value(&[]);
+            let _ = own[0].shallow_clone().g_add_scalar_(1.0);
+            let gathered = zeros();
+            group.gather_row("back", numbers as usize, &first, on_last(&gathered).as_ref(), last).unwrap();
+            let all = zeros();
+            for piece in whole(&all).pieces(share.clone()).unwrap() {
+                let before = lengths[..piece.tensor].iter().sum::<i64>() + piece.start - share.start as i64;
+                let part = own[0].narrow(0, before, piece.numbers.size()[0]);
+                piece.numbers.shallow_clone().copy_(&part);
+            }
+            group.all_gather_row("all", &whole(&all)).unwrap();
+            let wrong = group.gather_row("wrong", numbers as usize + size, &first, None, 0).unwrap_err();
+            group.leave().unwrap();
+            let plus_one =
+                |tensors: &[Tensor]| Tensor::cat(tensors, 0).equal(&(Tensor::cat(&filled, 0) + 1.0));
+            let gathered = group.rank() != last || plus_one(&gathered);
+            (sum, share, gathered && plus_one(&all), wrong.to_string())
+        });
+        for (sum, share, all, wrong) in results {
+            assert_eq!(sum, share.sum::<usize>() as f64);
+            assert!(all && wrong.contains("this rank's share"), "{wrong}");
+        }
     }
 }
 

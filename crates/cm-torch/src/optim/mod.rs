@@ -352,6 +352,21 @@ impl Optimizer {
     }
 }
 
+/// Makes `grad` the gradient of `weight`, or takes the gradient away, and with it its memory.
+///
+/// # Errors
+/// [`Error::Shape`] and [`Error::Dtype`] for a gradient that is not of the weight's shape and kind.
+pub fn set_grad(weight: &Tensor, grad: Option<&Tensor>) -> Result<()> {
+    if let Some(grad) = grad {
+        check_shape("gradient", &weight.size(), grad)?;
+        if grad.kind() != weight.kind() {
+            let (expected, got) = (weight.kind(), grad.kind());
+            return Err(Error::Dtype { what: "gradient".to_owned(), expected, got });
+        }
+    }
+    shim::set_grad(weight, grad)
+}
+
 const STEP: &str = "step";
 
 fn check_kind(name: &str, weight: &Tensor) -> Result<()> {

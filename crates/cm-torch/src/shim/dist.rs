@@ -52,6 +52,26 @@ unsafe extern "C" {
         root: c_int,
         work: *mut *mut c_void,
     ) -> *mut c_char;
+    fn cm_group_all_gather(
+        group: *mut c_void,
+        own: *const C_tensor,
+        all: *const C_tensor,
+        work: *mut *mut c_void,
+    ) -> *mut c_char;
+    fn cm_group_gather(
+        group: *mut c_void,
+        own: *const C_tensor,
+        all: *const C_tensor,
+        root: c_int,
+        work: *mut *mut c_void,
+    ) -> *mut c_char;
+    fn cm_group_scatter(
+        group: *mut c_void,
+        own: *const C_tensor,
+        all: *const C_tensor,
+        root: c_int,
+        work: *mut *mut c_void,
+    ) -> *mut c_char;
     fn cm_work_wait(work: *mut c_void, wait_ms: i64, done: *mut bool) -> *mut c_char;
     fn cm_work_free(work: *mut c_void);
 }
@@ -188,6 +208,31 @@ impl Group {
         let mut out = std::ptr::null_mut();
         // SAFETY: as in `all_reduce`.
         check(unsafe { cm_group_broadcast(self.0.as_ptr(), tensor.as_ptr(), root as c_int, &mut out) })?;
+        made(out).map(Work)
+    }
+
+    /// Starts collecting `own` of every rank, rank by rank, in `all` of every rank. Both are contiguous, and `all` has
+    /// as many elements as all ranks together.
+    pub(crate) fn all_gather(&self, own: &Tensor, all: &Tensor) -> Result<Work> {
+        let mut out = std::ptr::null_mut();
+        // SAFETY: as in `all_reduce`.
+        check(unsafe { cm_group_all_gather(self.0.as_ptr(), own.as_ptr(), all.as_ptr(), &mut out) })?;
+        made(out).map(Work)
+    }
+
+    /// [`all_gather`](Self::all_gather) on rank `root` alone, where alone there is an `all`.
+    pub(crate) fn gather(&self, own: &Tensor, all: Option<&Tensor>, root: usize) -> Result<Work> {
+        let (all, mut out) = (all.map_or(std::ptr::null(), Tensor::as_ptr), std::ptr::null_mut());
+        // SAFETY: as in `all_reduce`.
+        check(unsafe { cm_group_gather(self.0.as_ptr(), own.as_ptr(), all, root as c_int, &mut out) })?;
+        made(out).map(Work)
+    }
+
+    /// Starts handing every rank its part of `all` of rank `root`, the way back of [`gather`](Self::gather).
+    pub(crate) fn scatter(&self, own: &Tensor, all: Option<&Tensor>, root: usize) -> Result<Work> {
+        let (all, mut out) = (all.map_or(std::ptr::null(), Tensor::as_ptr), std::ptr::null_mut());
+        // SAFETY: as in `all_reduce`.
+        check(unsafe { cm_group_scatter(self.0.as_ptr(), own.as_ptr(), all, root as c_int, &mut out) })?;
         made(out).map(Work)
     }
 }

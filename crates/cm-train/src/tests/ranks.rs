@@ -1,13 +1,18 @@
 use std::net::TcpListener;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::atomic::AtomicBool;
 
 use cm_model::Cond;
 use cm_torch::dist::{Keeper, Limits, ProcessGroup, Rendezvous};
 use cm_torch::optim::OptimKind;
 use tch::{Kind, Tensor};
 
-use crate::testing::{batch, spec, trainer};
-use crate::{Batch, Result, StepReport, TrainSpec};
+use crate::testing::{Model, batch, spec, trainer};
+use crate::{
+    Batch, BoxError, Checkpoints, Observer, Result, RunSpec, STATE_FILE, Session, StepReport, TrainSpec,
+    Trainable, Trainer, resume, run,
+};
 
 /// Calls `work` on every rank of a group: a thread with a group and a trainer of its own.
 fn on_ranks<T: Send>(ranks: usize, work: impl Fn(Rc<ProcessGroup>) -> T + Sync) -> Vec<T> {
@@ -71,6 +76,113 @@ fn ranks_take_the_step_of_one_whatever_their_number_and_parts() {
             }
         }
     }
+}
+
+/// What a rank holds of averages and moments, in numbers.
+fn held(trainer: &Trainer<Model>) -> usize {
+    let averages = trainer.emas.iter().flat_map(|ema| &ema.tensors).map(Tensor::numel).sum::<usize>();
+    averages + trainer.optimizer.export().values().map(Tensor::numel).sum::<usize>() - 1
+}
+
+/// Two steps from the newest checkpoint in `folder`, if there is one, and another checkpoint. Returns what this rank
+/// holds at the end.
+fn two_steps(group: Rc<ProcessGroup>, spec: &TrainSpec, folder: &Path) -> usize {
+    let mut trainer = trainer(spec, 0.0);
+    if group.is_first() {
+        resume(&mut trainer, folder).unwrap();
+    }
+    trainer.join(group.clone()).unwrap();
+    let rows = trainer.rows();
+    let mut source = |step| {
+        let images = batch(step, spec.batch as i64).images;
+        Ok(Batch { images: images.narrow(0, rows.start as i64, rows.len() as i64), cond: Cond::none() })
+    };
+    let run_spec =
+        RunSpec { log_every: 1, sample_every: 1, checkpoint_every: 1, keep_last: 9, milestone_every: 0 };
+    let stop = AtomicBool::new(false);
+    let session =
+        Session { folder, spec: &run_spec, stop: &stop, metadata: &|_, _| std::collections::BTreeMap::new() };
+    let mut drawn = Averages(Vec::new());
+    run(&mut trainer, &mut source, &session, &mut drawn).unwrap();
+    assert_eq!(drawn.0.len(), if group.is_first() { 2 * spec.emas.len() } else { 0 });
+    assert!(drawn.0.iter().all(|sum| sum.is_finite()));
+    let lent = trainer.with_ema("0.9", |_| ());
+    assert_eq!(
+        lent.is_err(),
+        group.size() > 1 && spec.shard_state,
+        "nothing is left of what was put together"
+    );
+    let held = held(&trainer);
+    group.leave().unwrap();
+    held
+}
+
+/// Looks at every average when samples are due.
+struct Averages(Vec<f64>);
+
+impl Observer<Model> for Averages {
+    fn on_sample(&mut self, trainer: &Trainer<Model>) -> std::result::Result<(), BoxError> {
+        let sum =
+            |model: &Model| model.params().iter().map(|(_, t)| t.sum(Kind::Double).double_value(&[])).sum();
+        for name in trainer.ema_names() {
+            self.0.push(trainer.with_ema(name, sum)?);
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn averages_and_moments_in_shares_are_the_same_bits_and_less_memory() {
+    let whole = TrainSpec { total_steps: 2, micro_batch: Some(3), grad_clip: Some(0.5), ..spec() };
+    let shared = TrainSpec { shard_state: true, ..whole.clone() };
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let numbers = held(&trainer(&whole, 0.0));
+    let files = |name: &str, step: u64| -> Vec<(String, Vec<u8>)> {
+        let folder = Checkpoints::of_run(&path(name)).path(step);
+        let mut files: Vec<_> =
+            std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+        files.sort();
+        let of = |path: &PathBuf| {
+            (path.file_name().unwrap().to_string_lossy().into_owned(), std::fs::read(path).unwrap())
+        };
+        files.iter().filter(|path| !path.ends_with(STATE_FILE)).map(of).collect()
+    };
+    for ranks in [2, 3, 5] {
+        let (one, other) = (format!("whole-{ranks}"), format!("shared-{ranks}"));
+        on_ranks(ranks, |group| two_steps(group, &whole, &path(&one)));
+        let held = on_ranks(ranks, |group| two_steps(group, &shared, &path(&other)));
+        assert_eq!(held.iter().sum::<usize>(), numbers);
+        let most = *held.iter().max().unwrap();
+        assert!(most < numbers.div_ceil(ranks) + 4, "{ranks} ranks hold {held:?} of {numbers}");
+        assert_eq!(files(&one, 2).len(), 5, "weights, two averages, target and moments");
+        assert!(files(&one, 2) == files(&other, 2), "{ranks} ranks");
+    }
+    // Another number of ranks goes on, one process too, from the same files to the same ones.
+    let longer = |spec: &TrainSpec| TrainSpec { total_steps: 4, ..spec.clone() };
+    on_ranks(2, |group| two_steps(group, &longer(&whole), &path("whole-3")));
+    on_ranks(2, |group| two_steps(group, &longer(&shared), &path("shared-3")));
+    assert!(files("whole-3", 4) == files("shared-3", 4));
+    two_steps(Rc::new(ProcessGroup::alone()), &longer(&whole), &path("whole-5"));
+    two_steps(Rc::new(ProcessGroup::alone()), &longer(&shared), &path("shared-5"));
+    assert!(files("whole-5", 4) == files("shared-5", 4));
+}
+
+#[test]
+fn numbers_that_are_not_finite_in_one_share_are_known_to_all_ranks() {
+    let shared = TrainSpec { shard_state: true, ..spec() };
+    let errors = on_ranks(3, |group| {
+        let mut trainer = trainer(&shared, 0.0);
+        trainer.join(group.clone()).unwrap();
+        if group.rank() == 2 {
+            let _ = trainer.emas[1].tensors[0].get(0).fill_(f64::NAN);
+        }
+        let error = trainer.check_state().unwrap_err().to_string();
+        group.leave().unwrap();
+        error
+    });
+    assert!(errors.iter().all(|error| *error == errors[0]), "{errors:?}");
+    assert!(errors[0].contains("of the average halflife-100-rampup-0.05 is not finite"), "{errors:?}");
 }
 
 #[test]
