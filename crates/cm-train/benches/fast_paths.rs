@@ -72,6 +72,7 @@ fn training(spec: &SongUnetSpec, batch: usize, compute: Compute) -> impl FnMut()
         emas: vec![EmaRule::Beta { beta: 0.9999 }],
         grad_clip: None,
         replace_non_finite: None,
+        shard_state: false,
     };
     let networks = Networks { student: model(spec, compute), target: None, teacher: None, perceptual: None };
     let levels = Levels { range: SigmaRange::EDM, sigma_data: 0.5 };
