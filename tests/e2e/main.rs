@@ -12,6 +12,7 @@ mod ranks;
 mod report;
 mod sample;
 mod search;
+mod shares;
 mod solvers;
 mod sweep;
 mod train;

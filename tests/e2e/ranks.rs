@@ -18,7 +18,7 @@ const RUN: &[&str] = &[
 ];
 
 /// By when all must know that a rank is gone, with room for a machine that does other things.
-const SOON: Duration = Duration::from_secs(20);
+pub const SOON: Duration = Duration::from_secs(20);
 
 fn train(sandbox: &Sandbox, out: &str) -> Cm {
     sandbox.cm(&format!("train --config tiny.toml --device cpu --out {out}"))
@@ -29,7 +29,7 @@ fn launch(sandbox: &Sandbox, ranks: usize, out: &str) -> Cm {
 }
 
 /// Starts ranks as a launcher does; `command` says what each of them runs.
-fn start(ranks: usize, command: impl Fn(usize) -> Cm) -> Vec<Running> {
+pub fn start(ranks: usize, command: impl Fn(usize) -> Cm) -> Vec<Running> {
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
     let one = |rank: usize| {
         let (number, size) = (rank.to_string(), ranks.to_string());
@@ -39,7 +39,7 @@ fn start(ranks: usize, command: impl Fn(usize) -> Cm) -> Vec<Running> {
     (0..ranks).map(one).collect()
 }
 
-fn wait(ranks: Vec<Running>) -> Vec<Done> {
+pub fn wait(ranks: Vec<Running>) -> Vec<Done> {
     ranks.into_iter().map(Running::wait).collect()
 }
 
@@ -283,7 +283,7 @@ fn what_several_processes_cannot_do_is_refused_in_one_line() {
             done.fails(2, words);
         }
     };
-    let cuda = ["--device cuda:0: several ranks train on CPUs", "WORLD_SIZE=2"];
+    let cuda = ["--device cuda:0: several ranks compute on CPUs", "WORLD_SIZE=2"];
     refused("train --config tiny.toml --out a --device cuda", &cuda);
     refused("train --config tiny.toml --out a --sweep train.lr=1,2", &["--sweep: it runs in one process"]);
     refused(

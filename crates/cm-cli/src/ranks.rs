@@ -1,21 +1,22 @@
-//! Several processes that train one run: who this one is among them, and how they end together.
+//! Several processes that do one work: who this one is among them, what its share is, and how they end together.
 
+use std::path::PathBuf;
 use std::rc::Rc;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use cm_data::{Dataset, digest};
 use cm_torch::device::DeviceSpec;
-use cm_torch::dist::{Limits, ProcessGroup, Rendezvous};
+use cm_torch::dist::{Busy, Limits, ProcessGroup, Rendezvous};
 use cm_train::Metric;
 use serde_json::{Value, json};
-use tch::Device;
+use tch::{Device, Tensor};
 
 use crate::commands::session;
 use crate::exit::{Failure, OrUsage, Outcome};
 use crate::experiment::Experiment;
 use crate::ui;
 
-/// The processes that train together; one alone is a group too.
+/// The processes that work together; one alone is a group too.
 #[derive(Clone)]
 pub struct Ranks {
     /// How they talk to one another.
@@ -37,7 +38,7 @@ pub fn together(work: impl FnOnce(&Ranks) -> Outcome) -> Outcome {
     };
     let ranks = Ranks { group: Rc::new(group) };
     if ranks.group.size() > 1 {
-        ui::say(&format!("ranks: {} processes train together; this is rank 0", ranks.group.size()));
+        ui::say(&format!("ranks: {} processes work together; this is rank 0", ranks.group.size()));
     }
     let outcome = work(&ranks);
     match &outcome {
@@ -48,6 +49,12 @@ pub fn together(work: impl FnOnce(&Ranks) -> Outcome) -> Outcome {
         }
     }
     outcome
+}
+
+/// [`refuse_several`], and else does the work.
+pub fn alone(what: &str, work: impl FnOnce() -> Outcome) -> Outcome {
+    refuse_several(what).or_usage()?;
+    work()
 }
 
 /// Refuses to work beside other ranks, for what knows nothing of them.
@@ -77,18 +84,26 @@ impl Ranks {
         }
     }
 
-    /// The device that was asked for. Several ranks train on CPUs.
+    /// The device that was asked for. Several ranks compute on CPUs.
     pub fn device(&self, spec: &DeviceSpec) -> Result<Device> {
         match (self.group.size(), spec) {
             (1, _) => session::device(spec),
             (_, DeviceSpec::Cpu) => Ok(Device::Cpu),
             (_, DeviceSpec::Auto) => {
-                ui::say("device: Cpu (several ranks train on CPUs)");
+                ui::say("device: Cpu (several ranks compute on CPUs)");
                 Ok(Device::Cpu)
             }
             (size, spec) => bail!(
-                "--device {spec}: several ranks train on CPUs, and WORLD_SIZE={size}; use --device cpu, or one process"
+                "--device {spec}: several ranks compute on CPUs, and WORLD_SIZE={size}; use --device cpu, or one process"
             ),
+        }
+    }
+
+    /// [`device`](Self::device) where it has been said already.
+    pub fn device_again(&self, spec: &DeviceSpec) -> Result<Device> {
+        match self.group.size() {
+            1 => Ok(cm_torch::device::resolve_with_note(spec)?.device),
+            _ => Ok(Device::Cpu),
         }
     }
 
@@ -107,6 +122,54 @@ impl Ranks {
         Ok(done)
     }
 
+    /// A file that rank 0 finds or makes; the others get its bytes and put them into `place`.
+    pub fn file_of_first(&self, place: PathBuf, find: impl FnOnce() -> Result<PathBuf>) -> Result<PathBuf> {
+        const WHAT: &str = "a file of rank 0";
+        if self.group.size() == 1 {
+            return find();
+        }
+        if self.group.is_first() {
+            let _busy = self.group.busy();
+            let file = find()?;
+            let bytes = std::fs::read(&file).with_context(|| file.display().to_string())?;
+            self.group.hand_on(WHAT, &[Tensor::f_from_slice(&bytes)?], 0)?;
+            return Ok(file);
+        }
+        let bytes = self.group.hand_on(WHAT, &[], 0)?;
+        let bytes = bytes.first().map(Vec::<u8>::try_from).transpose()?.unwrap_or_default();
+        std::fs::write(&place, bytes).with_context(|| place.display().to_string())?;
+        Ok(place)
+    }
+
+    /// Those of `items` that are this rank's work: in batches as those of one process, every so many of them.
+    pub fn share<T: Copy>(&self, items: &[T], batch: usize) -> Vec<T> {
+        let own = items.chunks(batch.max(1)).skip(self.group.rank()).step_by(self.group.size());
+        own.flatten().copied().collect()
+    }
+
+    /// The turns in which `total` images, in such batches, come to rank 0. What [`share`](Self::share) gives must be
+    /// handed on in its order.
+    pub fn turns(&self, total: usize, batch: usize) -> Turns<'_> {
+        let (batches, ranks) = (total.div_ceil(batch.max(1)), self.group.size());
+        if batches < ranks {
+            ui::say(&format!(
+                "WARNING: {} of {ranks} processes have nothing to do: {total} images are {batches} of --batch {batch}, and \
+                 only whole batches are shared",
+                ranks - batches
+            ));
+        }
+        let busy = Some(self.group.busy());
+        Turns { group: &self.group, batches, next: 0, busy }
+    }
+
+    /// Checks that `settings` are those of all ranks.
+    pub fn agree_on(&self, settings: impl FnOnce() -> Result<Value>) -> Result<()> {
+        match self.group.size() {
+            1 => Ok(()),
+            _ => Ok(cm_train::agree(&self.group, &settings()?)?),
+        }
+    }
+
     /// Checks that all ranks have one experiment, one set of images and one teacher. Where these lie may differ.
     pub fn agree(&self, experiment: &Experiment, data: &dyn Dataset) -> Result<()> {
         if self.group.size() == 1 {
@@ -118,6 +181,45 @@ impl Ranks {
             settings["teacher"] = json!({ "sha256": digest::of_file(&teacher.path)? });
         }
         Ok(cm_train::agree(&self.group, &settings)?)
+    }
+}
+
+/// Batches that are dealt to the ranks in turn, so that each is one that a process alone would make, to the bit.
+pub struct Turns<'a> {
+    group: &'a ProcessGroup,
+    batches: usize,
+    /// The first batch that has not been handed on.
+    next: usize,
+    /// Batches may take any time, and ranks that have none left wait for them.
+    busy: Option<Busy<'a>>,
+}
+
+/// Takes in what was made of a batch.
+pub type Take<'t> = dyn FnMut(Vec<Tensor>) -> Result<()> + 't;
+
+impl Turns<'_> {
+    /// Hands on what was `made` of this rank's next batch. On rank 0, `take` gets what all ranks made in this round, in
+    /// the order of one process.
+    pub fn hand_on(&mut self, made: &[Tensor], take: &mut Take<'_>) -> Result<()> {
+        self.busy = None;
+        let round = self.group.size().min(self.batches - self.next);
+        for owner in 0..round {
+            let batch = self.group.hand_on("a batch", made, owner)?;
+            if self.group.is_first() {
+                take(batch)?;
+            }
+        }
+        self.next += round;
+        self.busy = Some(self.group.busy());
+        Ok(())
+    }
+
+    /// Ends when all batches are handed on; the last round may have none of this rank.
+    pub fn finish(mut self, take: &mut Take<'_>) -> Result<()> {
+        if self.next < self.batches {
+            self.hand_on(&[], take)?;
+        }
+        Ok(())
     }
 }
 

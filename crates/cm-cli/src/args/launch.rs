@@ -10,6 +10,8 @@ Examples:
   cm launch --nproc 2 -- train --config digits-ct --out runs/digits
   cm launch --nproc 4 -- train --out runs/digits --resume        (any number of ranks goes on)
   OMP_NUM_THREADS=8 cm launch --nproc 4 -- train-teacher --data ~/cifar --device cpu
+  cm launch --nproc 4 -- sample runs/digits --seeds 0-49999
+  cm launch --nproc 4 -- eval runs/digits
 
 One rank alone sees no other: --nproc 1 is the command without launch. On several machines, torchrun --no-python or
 srun start the ranks: docs/scaling.md.";
@@ -23,7 +25,7 @@ pub struct LaunchArgs {
     /// Port on which they meet [default: one that is free].
     #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     pub port: Option<u16>,
-    /// The command that each of them runs: train, train-teacher, train-cifar10 or distill, with its options.
+    /// The command that each of them runs: train, train-teacher, train-cifar10, distill, sample or eval, with its options.
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]
     pub command: Vec<OsString>,
 }

@@ -55,7 +55,7 @@ pub enum Command {
     /// Distil a diffusion model into a consistency model, or progressively into one with fewer steps.
     #[command(after_help = DISTILL_EXAMPLES)]
     Distill(DistillArgs),
-    /// Start several processes on this machine that train one model together.
+    /// Start several processes on this machine that train, sample or evaluate together.
     #[command(after_help = LAUNCH_EXAMPLES)]
     Launch(LaunchArgs),
     /// Make images with a trained model.

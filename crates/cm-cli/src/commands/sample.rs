@@ -1,26 +1,32 @@
 //! `cm sample`: images from a trained model.
 
+use std::cell::Cell;
+
 use anyhow::{Context, Result, bail};
-use cm_data::{Shape, batch, grid, npz};
-use cm_net::{Model, ModelSpec, Role};
+use cm_data::{Shape, batch, digest, grid, npz};
+use cm_net::{Model, ModelFile, ModelSpec, Role};
 use cm_sampler::{Guided, Method, ModelRef, Request, Solver, Steps, Times};
 use cm_schedule::solver::Churn;
+use serde_json::{Value, json};
+use tch::Tensor;
 
-use super::session::{self, STUDENT_STEPS};
+use super::eval::cache::digest_of;
+use super::session::STUDENT_STEPS;
 use crate::args::{SampleArgs, SamplerKind};
 use crate::exit::{OrUsage, Outcome};
 use crate::net::{HEUN_LEVELS, steps_of_student};
 use crate::pictures;
+use crate::ranks::Ranks;
 use crate::sources::ModelSource;
-use crate::ui::Bar;
+use crate::ui::{self, Bar};
 
 /// Grids of more images than this would be too large to look at.
 const GRID_MOST: usize = 400;
 
 /// Runs `cm sample`.
-pub fn sample(args: &SampleArgs) -> Outcome {
+pub fn sample(args: &SampleArgs, ranks: &Ranks) -> Outcome {
     let source = ModelSource::find(&args.model, args.kind.as_deref(), args.ema.as_deref()).or_usage()?;
-    let device = session::device(&args.device).or_usage()?;
+    let device = ranks.device(&args.device).or_usage()?;
     let file = source.read().or_usage()?;
     let path = source.path.display();
     let model = file.model(device, cm_model::Compute::default()).or_usage()?;
@@ -32,13 +38,40 @@ pub fn sample(args: &SampleArgs) -> Outcome {
     let seeds = &args.seeds.0;
     let request =
         Request { labels: labels.as_deref(), batch: args.batch, clip: !args.no_clip, ..Request::new(seeds) };
-    // A folder that cannot be is found before the work.
-    let out = args.out.display();
-    std::fs::create_dir_all(&args.out).with_context(|| format!("{out}: creating the folder")).or_usage()?;
-    eprintln!("model: {path} ({} parameters)", file.spec.net.num_parameters()?);
-    let pixels = draw(&method, &request)?;
-    write_all(args, &pixels, seeds, labels.as_deref())?;
+    ranks.agree_on(|| settings_of(args, &file)).or_usage()?;
+    if ranks.group.is_first() {
+        // A folder that cannot be is found before the work.
+        let out = args.out.display();
+        std::fs::create_dir_all(&args.out)
+            .with_context(|| format!("{out}: creating the folder"))
+            .or_usage()?;
+    }
+    ui::say(&format!("model: {path} ({} parameters)", file.spec.net.num_parameters()?));
+    let pixels = draw(&method, &request, ranks)?;
+    if ranks.group.is_first() {
+        let _busy = ranks.group.busy();
+        write_all(args, &pixels, seeds, labels.as_deref())?;
+    }
     Ok(())
+}
+
+/// All that decides about the images, for ranks to compare.
+pub fn settings(args: &SampleArgs) -> Result<Value> {
+    let source = ModelSource::find(&args.model, args.kind.as_deref(), args.ema.as_deref())?;
+    settings_of(args, &source.read()?)
+}
+
+fn settings_of(args: &SampleArgs, file: &ModelFile) -> Result<Value> {
+    let seeds: Vec<[u8; 8]> = args.seeds.0.iter().map(|seed| seed.to_le_bytes()).collect();
+    Ok(json!({
+        "model": { "weights": digest_of(&file.tensors), "description": file.spec.metadata() },
+        "sampler": format!("{:?}", steps(args, &file.spec)?),
+        "seeds": digest::of_bytes(seeds.iter().map(<[u8; 8]>::as_slice)),
+        "class": args.class,
+        "cfg": args.cfg,
+        "batch": args.batch,
+        "no_clip": args.no_clip,
+    }))
 }
 
 /// The denoiser that follows its class as closely as `--cfg` says.
@@ -71,11 +104,15 @@ pub fn shape(args: &SampleArgs) -> Result<[i64; 3]> {
     Ok([shape.channels, shape.height, shape.width])
 }
 
-/// Draws the images of `args` and hands each batch on, without writing anything.
-pub fn each_batch(args: &SampleArgs, sink: &mut dyn FnMut(&tch::Tensor) -> Result<()>) -> Result<()> {
+/// Draws this rank's share of the images of `args` and hands each batch on, without writing anything.
+pub fn each_batch(
+    args: &SampleArgs,
+    ranks: &Ranks,
+    sink: &mut dyn FnMut(&Tensor) -> Result<()>,
+) -> Result<()> {
     let source = ModelSource::find(&args.model, args.kind.as_deref(), args.ema.as_deref())?;
     // What `auto` chooses has been said.
-    let device = cm_torch::device::resolve_with_note(&args.device)?.device;
+    let device = ranks.device_again(&args.device)?;
     let file = source.read()?;
     let model = file.model(device, cm_model::Compute::default())?;
     let labels = labels(args, file.spec.net.num_classes())?;
@@ -83,14 +120,33 @@ pub fn each_batch(args: &SampleArgs, sink: &mut dyn FnMut(&tch::Tensor) -> Resul
     let guided = guided(args, &model, &file.spec).with_context(name)?;
     let model = guided.as_ref().map_or(ModelRef::from(&model), |guided| ModelRef::Denoiser(guided));
     let method = Method::new(model, &steps(args, &file.spec)?).with_context(name)?;
-    let (seeds, labels) = (&args.seeds.0, labels.as_deref());
-    let request = Request { labels, batch: args.batch, clip: !args.no_clip, ..Request::new(seeds) };
+    let share = Share::of(&args.seeds.0, labels.as_deref(), args.batch, ranks);
+    if share.seeds.is_empty() {
+        return Ok(());
+    }
+    let request = Request { batch: args.batch, clip: !args.no_clip, ..share.request() };
     for evaluation in method.stream(&request)? {
         if let Some(images) = evaluation?.finished {
             sink(&images)?;
         }
     }
     Ok(())
+}
+
+/// What one of several ranks draws.
+struct Share {
+    seeds: Vec<u64>,
+    labels: Option<Vec<i64>>,
+}
+
+impl Share {
+    fn of(seeds: &[u64], labels: Option<&[i64]>, batch: usize, ranks: &Ranks) -> Self {
+        Self { seeds: ranks.share(seeds, batch), labels: labels.map(|labels| ranks.share(labels, batch)) }
+    }
+
+    fn request(&self) -> Request<'_> {
+        Request { labels: self.labels.as_deref(), ..Request::new(&self.seeds) }
+    }
 }
 
 /// The sampler that was asked for, or the usual one for the kind of model.
@@ -180,27 +236,46 @@ fn times(args: &SampleArgs, rho: f64) -> Result<Times> {
     }
 }
 
-/// Samples and returns uint8 NCHW pixels with their shape.
-fn draw(method: &Method<'_>, request: &Request<'_>) -> Result<(Vec<u8>, Shape)> {
+/// Samples, and returns on rank 0 uint8 NCHW pixels with their shape.
+fn draw(method: &Method<'_>, request: &Request<'_>, ranks: &Ranks) -> Result<(Vec<u8>, Shape)> {
     let (total, evaluations) = (request.seeds.len(), method.num_evaluations());
-    let mut bar = Bar::new("sample", "evaluations", 0, (total * evaluations) as u64);
+    let share = Share::of(request.seeds, request.labels, request.batch, ranks);
+    let own = Request { batch: request.batch, clip: request.clip, ..share.request() };
+    let mut turns = ranks.turns(total, request.batch);
+    let due = (share.seeds.len() * evaluations) as u64;
+    let mut bar = (!ui::is_quiet()).then(|| Bar::new("sample", "evaluations", 0, due));
     let started = std::time::Instant::now();
-    let mut batches = Vec::new();
-    let mut finished = 0;
-    for evaluation in method.stream(request)? {
+    let (image, mut pixels) = (method.shape(), Vec::new());
+    let [channels, height, width] = [image.channels, image.height, image.width].map(|side| side as usize);
+    let shape = Shape { channels, height, width };
+    let finished = Cell::new(0);
+    let mut take = |made: Vec<Tensor>| -> Result<()> {
+        for bytes in &made {
+            pixels.extend(Vec::<u8>::try_from(bytes)?);
+        }
+        finished.set(pixels.len() / shape.values());
+        Ok(())
+    };
+    let stream = if share.seeds.is_empty() { None } else { Some(method.stream(&own)?) };
+    for evaluation in stream.into_iter().flatten() {
         let seen = evaluation?;
-        finished = if seen.finished.is_some() { seen.images.end } else { finished };
-        batches.extend(seen.finished.map(|images| images.to_device(tch::Device::Cpu)));
-        let rate = finished as f64 / started.elapsed().as_secs_f64();
+        if let Some(images) = &seen.finished {
+            turns.hand_on(&[Tensor::f_from_slice(&batch::from_tensor(images)?)?], &mut take)?;
+        }
+        let (images, seconds) = (finished.get(), started.elapsed().as_secs_f64());
         let done = seen.images.start * evaluations + seen.images.len() * (seen.evaluation + 1);
-        bar.set(done as u64, format!("{finished} images, {rate:.1} img/s, σ {:.3}", seen.sigma));
+        if let Some(bar) = &mut bar {
+            let rate = images as f64 / seconds;
+            bar.set(done as u64, format!("{images} images, {rate:.1} img/s, σ {:.3}", seen.sigma));
+        }
     }
-    bar.finish();
+    turns.finish(&mut take)?;
+    if let Some(bar) = bar {
+        bar.finish();
+    }
     let seconds = started.elapsed().as_secs_f64();
-    eprintln!("{total} images in {seconds:.2} s, {evaluations} evaluation(s) of the network each");
-    let shape = batches.first().map(pictures::shape_of).context("no image was sampled")?;
-    let pixels = batches.iter().map(batch::from_tensor).collect::<Result<Vec<_>, _>>()?;
-    Ok((pixels.concat(), shape))
+    ui::say(&format!("{total} images in {seconds:.2} s, {evaluations} evaluation(s) of the network each"));
+    Ok((pixels, shape))
 }
 
 fn write_all(

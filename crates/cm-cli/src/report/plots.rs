@@ -12,6 +12,7 @@ use crate::args::SeedRange;
 use crate::commands::eval::input;
 use crate::commands::sample;
 use crate::pictures::{self, Chart, Series};
+use crate::ranks::Ranks;
 
 /// A picture: file name without its ending, what it shows, and the trials of its curves.
 type Curves = (&'static str, &'static str, &'static [&'static str]);
@@ -149,7 +150,7 @@ fn draw(model: &Path, words: &str) -> Result<Tensor> {
     let mut args = input::parse_sampling(&name, words)?;
     (args.seeds, args.batch) = (SeedRange((0..GRID_SEEDS).collect()), GRID_SEEDS as usize);
     let mut images = None;
-    sample::each_batch(&args, &mut |batch| {
+    sample::each_batch(&args, &Ranks::alone(), &mut |batch| {
         images = Some(batch.to_device(Device::Cpu));
         Ok(())
     })?;

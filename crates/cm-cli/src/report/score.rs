@@ -13,6 +13,7 @@ use super::results::Score;
 use crate::args::SeedRange;
 use crate::commands::eval::input::{self, Input};
 use crate::commands::eval::judge::{About, Judge, shape_of};
+use crate::ranks::Ranks;
 
 const PARTS: Parts = Parts { moments: true, spatial: false, score: None, features: true };
 /// The neighbour to which the balls of precision and recall reach.
@@ -117,6 +118,8 @@ impl Scorer {
 
 fn collect(judge: &Judge, input: &Input, total: u64) -> Result<Measured> {
     let mut collector = Collector::new(PARTS, total)?;
-    input::each_batch(input, BATCH, &mut |images| Ok(collector.add(&judge.net.see(images)?)?))?;
+    input::each_batch(input, BATCH, &Ranks::alone(), &mut |images| {
+        Ok(collector.add(&judge.net.see(images)?)?)
+    })?;
     Ok(collector.finish()?)
 }

@@ -16,6 +16,7 @@
 
 mod buckets;
 mod group;
+mod hand_on;
 mod rendezvous;
 mod rows;
 #[cfg(test)]

@@ -59,6 +59,24 @@ fn sums_are_those_of_all_ranks_and_equal_bit_by_bit() {
 }
 
 #[test]
+fn tensors_are_handed_on_to_ranks_that_do_not_know_their_shapes() {
+    let results = on_ranks(3, 60, |group| {
+        let own = |rank: usize| {
+            let numbers = Tensor::arange(12, (Kind::Float, tch::Device::Cpu)) * (rank as f64 + 1.0);
+            // A view whose memory is in another order.
+            [numbers.view([3, 4]).transpose(0, 1), Tensor::from_slice(&[7u8, rank as u8])]
+        };
+        let got: Vec<Vec<Tensor>> =
+            (0..3).map(|root| group.hand_on("tensors", &own(group.rank()), root).unwrap()).collect();
+        let none = group.hand_on("nothing", &[], 1).unwrap();
+        group.leave().unwrap();
+        let same = |root: usize| std::iter::zip(&got[root], own(root)).all(|(a, b)| a.equal(&b));
+        ((0..3).all(same), got.iter().all(|got| got.len() == 2), none.len())
+    });
+    assert_eq!(results, [(true, true, 0); 3]);
+}
+
+#[test]
 fn many_tensors_go_in_buckets_whatever_their_memory_order() {
     let results = on_ranks(2, 60, |group| {
         let fill = |value: f64, shape: &[i64]| Tensor::full(shape, value, (Kind::Float, tch::Device::Cpu));

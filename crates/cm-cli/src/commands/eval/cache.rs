@@ -13,6 +13,8 @@ use cm_eval::{Measured, Moments, Parts};
 use cm_model::{Bundle, TensorMap};
 use serde::{Deserialize, Serialize};
 
+use crate::ui;
+
 /// What the numbers of a cache depend on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -64,7 +66,7 @@ impl Cache {
         match read(&file, key, parts) {
             Ok(measured) => Some(measured),
             Err(error) => {
-                eprintln!("{}: {error:#}; measuring again", file.display());
+                ui::say(&format!("{}: {error:#}; measuring again", file.display()));
                 None
             }
         }
@@ -99,7 +101,7 @@ fn tensors_of(measured: &Measured) -> TensorMap {
 }
 
 /// A digest of names, shapes and numbers.
-fn digest_of(tensors: &TensorMap) -> String {
+pub fn digest_of(tensors: &TensorMap) -> String {
     let mut pieces = Vec::new();
     for (name, tensor) in tensors {
         pieces.push(format!("{name} {:?} {:?}\n", tensor.kind(), tensor.size()).into_bytes());

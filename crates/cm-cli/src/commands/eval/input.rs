@@ -13,8 +13,9 @@ use crate::args::{EvalArgs, SampleArgs};
 use crate::commands::sample;
 use crate::config::{PRESETS, Source};
 use crate::experiment::Experiment;
+use crate::ranks::Ranks;
 use crate::runs::CONFIG_FILE;
-use crate::ui::Bar;
+use crate::ui::{self, Bar};
 
 /// Endings of files of weights.
 const WEIGHTS: [&str; 5] = ["safetensors", "pt", "pth", "ckpt", "bin"];
@@ -165,17 +166,23 @@ pub fn parse_sampling(model: &str, words: &str) -> Result<SampleArgs> {
     Ok(parsed.args)
 }
 
-/// Hands the images of a set or of a model on in batches `[B, C, H, W]` in [-1, 1], as they are once stored as bytes.
-pub fn each_batch(input: &Input, batch: usize, sink: &mut dyn FnMut(&Tensor) -> Result<()>) -> Result<()> {
+/// Hands this rank's share of the images of a set or of a model on in batches `[B, C, H, W]` in [-1, 1], as they are once
+/// stored as bytes.
+pub fn each_batch(
+    input: &Input,
+    batch: usize,
+    ranks: &Ranks,
+    sink: &mut dyn FnMut(&Tensor) -> Result<()>,
+) -> Result<()> {
     match input {
         Input::Set(set) => {
-            for start in (0..set.len()).step_by(batch) {
-                let end = set.len().min(start + batch);
-                sink(&Batch::gather(&**set, start as u32..end as u32)?.to_images(Device::Cpu)?)?;
+            let indices: Vec<u32> = (0..set.len() as u32).collect();
+            for part in ranks.share(&indices, batch).chunks(batch) {
+                sink(&Batch::gather(&**set, part.iter().copied())?.to_images(Device::Cpu)?)?;
             }
             Ok(())
         }
-        Input::Model(args) => sample::each_batch(args, &mut |images| sink(&as_stored(images)?)),
+        Input::Model(args) => sample::each_batch(args, ranks, &mut |images| sink(&as_stored(images)?)),
         Input::Statistics(path) => bail!("{}: statistics hold no images", path.display()),
     }
 }
@@ -188,7 +195,7 @@ pub fn as_stored(images: &Tensor) -> Result<Tensor> {
 
 /// The digest of a set, with a bar where that takes long.
 pub fn digest_of(set: &dyn Dataset) -> Result<String> {
-    let mut bar = (set.len() > HASHED && !set.is_resident())
+    let mut bar = (set.len() > HASHED && !set.is_resident() && !ui::is_quiet())
         .then(|| Bar::new("reading", "images", 0, set.len() as u64));
     let digest = digest::of_set(set, &mut |done| {
         if let Some(bar) = &mut bar {

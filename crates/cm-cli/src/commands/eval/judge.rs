@@ -11,6 +11,7 @@ use tch::{Device, Tensor};
 
 use super::input::dims;
 use crate::args::EvalArgs;
+use crate::ranks::Ranks;
 
 /// A network, and what to call it.
 pub struct Judge {
@@ -65,45 +66,33 @@ impl Judge {
         Ok(Self { name: "inception", net, weights: digest::of_file(file)?, classifier: None })
     }
 
-    /// The classifier that was asked for, or one for the reference images: out of the cache, or trained here.
-    pub fn classifier(args: &EvalArgs, set: Option<(&dyn Dataset, &str)>, shape: [i64; 3]) -> Result<Self> {
-        if let Some(file) = &args.classifier {
-            return Self::load(file, shape);
-        }
-        let Some((set, data)) = set else {
-            bail!(
-                "fcd, kcd and cpr need a classifier, which is trained on images of the reference, and it holds statistics \
-                 alone; name the one that they were measured with by --classifier"
-            );
-        };
-        Self::trained((!args.no_cache).then_some(&args.cache), set, data, shape)
+    /// The classifier that was asked for, or one for the reference images: out of the cache, or trained here. Ranks have
+    /// that of rank 0.
+    pub fn classifier(
+        args: &EvalArgs,
+        set: Option<(&dyn Dataset, &str)>,
+        shape: [i64; 3],
+        ranks: &Ranks,
+    ) -> Result<Self> {
+        let folder = scratch()?;
+        let file = ranks.file_of_first(folder.path().join("received.safetensors"), || {
+            let cache = (!args.no_cache).then_some(&args.cache);
+            match (&args.classifier, set) {
+                (Some(file), _) => Ok(file.clone()),
+                (None, Some((set, data))) => trained_file(cache, set, data, shape, folder.path()),
+                (None, None) => bail!(
+                    "fcd, kcd and cpr need a classifier, which is trained on images of the reference, and it holds \
+                     statistics alone; name the one that they were measured with by --classifier"
+                ),
+            }
+        })?;
+        Self::load(&file, shape)
     }
 
     /// A classifier for the images of a set with the digest `data`: out of the folder `cache`, or trained here.
     pub fn trained(cache: Option<&PathBuf>, set: &dyn Dataset, data: &str, shape: [i64; 3]) -> Result<Self> {
-        let data = &with_labels(set, data);
-        let digits = data.get(..16).unwrap_or(data);
-        let kept = cache.map(|folder| folder.join(format!("classifier-{digits}.safetensors")));
-        if let Some(file) = kept.as_ref().filter(|file| file.is_file()) {
-            match Self::load(file, shape) {
-                Ok(judge)
-                    if judge.classifier.as_ref().is_some_and(|a| a.data == *data && a.version == VERSION) =>
-                {
-                    return Ok(judge);
-                }
-                Ok(_) => eprintln!("{}: the classifier of other data; training anew", file.display()),
-                Err(error) => eprintln!("{error:#}; training anew"),
-            }
-        }
-        let (classifier, about) = train(set, data)?;
-        let Some(file) = kept else {
-            let folder = tempfile::tempdir().context("a folder for the classifier")?;
-            let file = folder.path().join("classifier.safetensors");
-            classifier.save(&file, &serde_json::to_string(&about)?)?;
-            return Self::load(&file, shape);
-        };
-        classifier.save(&file, &serde_json::to_string(&about)?)?;
-        Self::load(&file, shape)
+        let folder = scratch()?;
+        Self::load(&trained_file(cache, set, data, shape, folder.path())?, shape)
     }
 
     fn load(file: &Path, shape: [i64; 3]) -> Result<Self> {
@@ -113,6 +102,37 @@ impl Judge {
         let weights = digest::of_file(file)?;
         Ok(Self { name: "classifier", net: Box::new(net), weights, classifier: Some(about) })
     }
+}
+
+fn scratch() -> Result<tempfile::TempDir> {
+    tempfile::tempdir().context("a folder for the classifier")
+}
+
+/// The file of [`Judge::trained`]; in `scratch` where there is no cache.
+fn trained_file(
+    cache: Option<&PathBuf>,
+    set: &dyn Dataset,
+    data: &str,
+    shape: [i64; 3],
+    scratch: &Path,
+) -> Result<PathBuf> {
+    let data = &with_labels(set, data);
+    let digits = data.get(..16).unwrap_or(data);
+    let file = cache.map_or(scratch, PathBuf::as_path).join(format!("classifier-{digits}.safetensors"));
+    if file.is_file() {
+        match Judge::load(&file, shape) {
+            Ok(judge)
+                if judge.classifier.as_ref().is_some_and(|a| a.data == *data && a.version == VERSION) =>
+            {
+                return Ok(file);
+            }
+            Ok(_) => eprintln!("{}: the classifier of other data; training anew", file.display()),
+            Err(error) => eprintln!("{error:#}; training anew"),
+        }
+    }
+    let (classifier, about) = train(set, data)?;
+    classifier.save(&file, &serde_json::to_string(&about)?)?;
+    Ok(file)
 }
 
 /// A digest of images, by theirs, and their labels.

@@ -1,15 +1,18 @@
 //! `cm eval`: how good images are, beside those that they should look like.
 
-mod cache;
+pub mod cache;
 pub mod input;
 pub mod judge;
 mod measure;
 mod report;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
+use cm_data::{Dataset, digest};
 use cm_eval::{Measured, Moments, Parts, SampleSize, frechet_distance, kid, kid_subsets, precision_recall};
+use serde_json::{Value, json};
 use tch::Device;
 
 use cache::Cache;
@@ -17,23 +20,27 @@ use input::{Input, Statistics};
 use judge::Judge;
 use report::{Figures, JudgeNote, Report, Run, Settings, Subject};
 
-use super::session;
-use crate::args::{EvalArgs, Metric};
+use crate::args::{EvalArgs, Metric, SampleArgs};
 use crate::exit::{OrUsage, Outcome};
+use crate::ranks::Ranks;
 
 /// The seed of the subsets of kernel distances.
 const SUBSET_SEED: u64 = 0;
 
 /// Runs `cm eval`.
-pub fn eval(args: &EvalArgs) -> Outcome {
+pub fn eval(args: &EvalArgs, ranks: &Ranks) -> Outcome {
     if let [a, b] = &args.compare[..] {
+        ranks.refuse("--compare", "start it without ranks").or_usage()?;
         let reports = [Report::read(a).or_usage()?, Report::read(b).or_usage()?];
         let names = [a, b].map(|path| path.display().to_string());
         print!("{}", report::compare([&names[0], &names[1]], [&reports[0], &reports[1]]));
         return Ok(());
     }
-    let evaluation = Evaluation::open(args).or_usage()?;
+    let evaluation = Evaluation::open(args, ranks).or_usage()?;
     let report = evaluation.run()?;
+    if !ranks.group.is_first() {
+        return Ok(());
+    }
     let out = evaluation.out();
     report.write(&out)?;
     print!("{}", report.table());
@@ -44,6 +51,7 @@ pub fn eval(args: &EvalArgs) -> Outcome {
 /// An evaluation whose inputs are open.
 struct Evaluation<'a> {
     args: &'a EvalArgs,
+    ranks: &'a Ranks,
     device: Device,
     metrics: Vec<Metric>,
     input: Input,
@@ -52,9 +60,9 @@ struct Evaluation<'a> {
 }
 
 impl<'a> Evaluation<'a> {
-    fn open(args: &'a EvalArgs) -> Result<Self> {
+    fn open(args: &'a EvalArgs, ranks: &'a Ranks) -> Result<Self> {
         let text = args.input.as_deref().context("INPUT is missing")?;
-        let device = session::device(&args.device)?;
+        let device = ranks.device(&args.device)?;
         let input = Input::open(text, args)?;
         let model = matches!(input, Input::Model(_));
         if !model && args.sample.is_some() {
@@ -85,7 +93,7 @@ impl<'a> Evaluation<'a> {
             );
         }
         let cache = Cache::new((!args.no_cache).then_some(args.cache.as_path()));
-        Ok(Self { args, device, metrics, input, reference, cache })
+        Ok(Self { args, ranks, device, metrics, input, reference, cache })
     }
 
     fn out(&self) -> PathBuf {
@@ -100,25 +108,31 @@ impl<'a> Evaluation<'a> {
 
     fn run(&self) -> Outcome<Report> {
         let reference_data = self.reference.as_ref().and_then(Input::set);
-        let reference_data = reference_data.map(|set| input::digest_of(&**set)).transpose().or_usage()?;
-        let input_data = self.input.set().map(|set| input::digest_of(&**set)).transpose().or_usage()?;
+        let (reference_data, input_data) = {
+            let _busy = self.ranks.group.busy();
+            let digest = |set: Option<&Arc<dyn Dataset>>| {
+                set.map(|set| input::digest_of(&**set)).transpose().or_usage()
+            };
+            (digest(reference_data)?, digest(self.input.set())?)
+        };
+        self.ranks.agree_on(|| self.settings([&input_data, &reference_data])).or_usage()?;
         let judges = self.judges(reference_data.as_deref(), input_data.as_deref()).or_usage()?;
         let mut warnings = Vec::new();
         let reference = self.reference(&judges, reference_data.as_deref())?;
         for (judge, measured) in judges.iter().zip(&reference) {
             self.check_count(judge, measured, "the reference", &mut warnings).or_usage()?;
         }
-        let mut runs = Vec::new();
-        for (place, (name, measured)) in
-            self.measured(&judges, input_data.as_deref())?.into_iter().enumerate()
-        {
+        let (mut runs, measured) = (Vec::new(), self.measured(&judges, input_data.as_deref())?);
+        // Rank 0 has all that is left to do.
+        let _busy = self.ranks.group.is_first().then(|| self.ranks.group.busy());
+        for (place, (name, measured)) in measured.into_iter().enumerate() {
             let mut figures = Figures::new();
             for (index, (judge, measured)) in judges.iter().zip(&measured).enumerate() {
                 self.check_count(judge, measured, "the images", &mut warnings).or_usage()?;
                 figures.extend(self.figures(judge, reference.get(index), measured)?);
             }
-            if let (0, Some(path), Some(judge), Some(first)) =
-                (place, &self.args.save_stats, judges.first(), measured.first())
+            if let (true, 0, Some(path), Some(judge), Some(first)) =
+                (self.ranks.group.is_first(), place, &self.args.save_stats, judges.first(), measured.first())
             {
                 Statistics::write(path, first, &judge.weights)?;
                 eprintln!("statistics of the {}: {}", judge.name, path.display());
@@ -127,6 +141,32 @@ impl<'a> Evaluation<'a> {
             runs.push(Run { name, images, figures });
         }
         Ok(self.report(&judges, &reference, runs, warnings, [input_data, reference_data]))
+    }
+
+    /// All that decides about the figures and what is exchanged on the way, for ranks to compare.
+    fn settings(&self, [input, reference]: [&Option<String>; 2]) -> Result<Value> {
+        let args = self.args;
+        let weights = args.weights.is_file().then(|| digest::of_file(&args.weights)).transpose()?;
+        let mut samples = Vec::new();
+        for seeds in &args.seeds {
+            if let Input::Model(sampling) = &self.input {
+                let model = sampling.model.display().to_string();
+                let sampling = input::sampling(&model, args)?;
+                samples.push(super::sample::settings(&SampleArgs { seeds: seeds.clone(), ..sampling })?);
+            }
+        }
+        let metrics: Vec<_> = self.metrics.iter().map(|metric| metric.name()).collect();
+        let statistics = |input: &Input| matches!(input, Input::Statistics(_));
+        Ok(json!({
+            "input": { "images": input, "statistics": statistics(&self.input), "samples": samples },
+            "reference": { "images": reference, "statistics": self.reference.as_ref().map(statistics) },
+            "metrics": metrics,
+            "batch": args.batch,
+            "is_splits": args.is_splits,
+            "classifier": args.classifier.is_some(),
+            "save_stats": args.save_stats.is_some(),
+            "weights": weights,
+        }))
     }
 
     /// The networks that are needed.
@@ -150,7 +190,7 @@ impl<'a> Evaluation<'a> {
                 (None, None, _) => bail!("{}: statistics alone on both sides", self.input.describe()),
             };
             let set = set.map(|(set, data)| (&**set, data));
-            judges.push(Judge::classifier(self.args, set, shape)?);
+            judges.push(Judge::classifier(self.args, set, shape, self.ranks)?);
         }
         Ok(judges)
     }
@@ -184,7 +224,7 @@ impl<'a> Evaluation<'a> {
                 measure::of_statistics(Statistics::read(path).or_usage()?, &wanted)
             }
             (Input::Set(set), Some(data)) => {
-                measure::of_set(reference, &**set, data, &wanted, &self.cache, self.args.batch)
+                measure::of_set(reference, &**set, data, &wanted, &self.cache, self.args.batch, self.ranks)
             }
             _ => Ok(Vec::new()),
         }
@@ -197,11 +237,9 @@ impl<'a> Evaluation<'a> {
         let images = "images".to_owned();
         Ok(match (&self.input, data) {
             (Input::Set(set), Some(data)) => {
-                let batch = self.args.batch;
-                vec![(
-                    images,
-                    measure::of_set(&self.input, &**set, data, &wanted, &self.cache, batch).or_usage()?,
-                )]
+                let (batch, ranks) = (self.args.batch, self.ranks);
+                let measured = measure::of_set(&self.input, &**set, data, &wanted, &self.cache, batch, ranks);
+                vec![(images, measured.or_usage()?)]
             }
             (Input::Statistics(path), _) => {
                 let stored = Statistics::read(path).or_usage()?;
@@ -215,7 +253,8 @@ impl<'a> Evaluation<'a> {
                     sampling.seeds = seeds.clone();
                     let total = seeds.0.len() as u64;
                     let input = Input::Model(Box::new(sampling));
-                    runs.push((range(&seeds.0), measure::of_model(&input, total, &wanted, self.args.batch)?));
+                    let measured = measure::pass(&input, total, &wanted, self.args.batch, self.ranks)?;
+                    runs.push((range(&seeds.0), measured));
                 }
                 runs
             }
