@@ -4,7 +4,7 @@ a  eager PyTorch in float32, as the public reference implementations run
 b  the same network with what a PyTorch user can switch on without writing kernels: channels-last, autocast, fused or
    foreach optimisers and averages, bias inside the convolution, scaled_dot_product_attention
 c  b under torch.compile
-d  the ConsistencyModelPipeline of diffusers (sampling alone)
+d  the ConsistencyModelPipeline of diffusers, in its default float32 (sampling alone)
 """
 
 from contextlib import nullcontext
@@ -23,12 +23,12 @@ class Mode:
 
     @staticmethod
     def of(letter, device, dtype):
-        """`dtype` is what b, c and d compute in; a is float32 always."""
-        return Mode(letter, torch.device(device), None if letter == "a" else DTYPES[dtype])
+        """`dtype` is what b and c compute in."""
+        return Mode(letter, torch.device(device), DTYPES[dtype] if letter in "bc" else None)
 
     @property
     def tuned(self):
-        return self.letter in "bcd"
+        return self.letter in "bc"
 
     @property
     def compiled(self):

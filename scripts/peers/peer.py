@@ -18,9 +18,11 @@ import torch
 from modes import Mode
 
 
-def row_of(name):
+def row_of(name, mode):
     """What a row does not need is not imported: it would count as memory of the row."""
-    if name.startswith(("sample-", "heun-")):
+    if mode.letter == "d":
+        from sample import DiffusersRow as row
+    elif name.startswith(("sample-", "heun-", "adm-")):
         from sample import SampleRow as row
     elif name.startswith("checkpoint-"):
         from checkpoint import CheckpointRow as row
@@ -48,7 +50,7 @@ class Peer:
 
     def prepare(self, name):
         self.row = None
-        self.row = row_of(name)(self.folder, name, self.mode)
+        self.row = row_of(name, self.mode)(self.folder, name, self.mode)
         return {"dtype": self.mode.dtype_name, "torch": torch.__version__}
 
     def check(self):

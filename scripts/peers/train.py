@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from weights import build
+from weights import build, classes
 
 
 class TrainRow:
@@ -20,6 +20,7 @@ class TrainRow:
         self.work = work = json.loads((self.folder / f"{row}.json").read_text())
         self.example = {k: v.to(mode.device) for k, v in load_file(self.folder / f"{row}.safetensors").items()}
         self.images, self.batch = self.example["images"], self.example["images"].shape[0]
+        self.labels = classes(work, self.batch, mode.device)
         self.recipe, self.boundary = work["recipe"], work["consistency"]
         self.net, self.student = build(work, mode, self.boundary, work["weights"], folder, trains=True)
         self.target_net = self.target = self.teacher = None
@@ -77,7 +78,7 @@ class TrainRow:
         noisy = self.images + noise * column(sigma)
         # Student and target share their dropout mask, as in the references.
         state = torch.get_rng_state()
-        estimate = self.student(noisy, sigma)
+        estimate = self.student(noisy, sigma, self.labels)
         torch.set_rng_state(state)
         wanted = self.wanted(noise, noisy, sigma, nearer)
         return (self.distance(estimate, wanted) * weight).mean()
@@ -89,14 +90,14 @@ class TrainRow:
         column = lambda v: v.reshape(-1, 1, 1, 1)
         if self.teacher is not None:
             step = column(nearer - sigma)
-            slope = (noisy - self.teacher(noisy, sigma)) / column(sigma)
+            slope = (noisy - self.teacher(noisy, sigma, self.labels)) / column(sigma)
             there = noisy + slope * step
-            slope2 = (there - self.teacher(there, nearer)) / column(nearer)
+            slope2 = (there - self.teacher(there, nearer, self.labels)) / column(nearer)
             there = noisy + (slope + slope2) * step / 2
         else:
             there = self.images + noise * column(nearer)
         known = torch.where(nearer > 0, nearer, sigma)
-        estimate = (self.target or self.student)(there, known)
+        estimate = (self.target or self.student)(there, known, self.labels)
         return torch.where(column(nearer > 0), estimate, self.images)
 
     def distance(self, estimate, wanted):

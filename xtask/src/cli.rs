@@ -265,7 +265,7 @@ pub struct RaceArgs {
     /// Threads of every side [default: all cores]
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
-    /// Images in a training step [default: 128 for tiny, 8 for cifar10]
+    /// Images in a training step [default: 128 for tiny, 8 for others]
     #[arg(long, value_name = "N")]
     pub batch: Option<usize>,
     /// What this project and peers b, c and d compute in

@@ -58,9 +58,16 @@ pub fn run(args: RaceArgs) -> Result<u8> {
     };
     let rows = rows::chosen(race.args.size, &race.args.rows)?;
     let mut report = Report::begin(&race);
-    race.write_files(&rows)?;
+    if race.can_run() {
+        race.write_files(&rows)?;
+    }
     for row in &rows {
         race.row(row, &mut report);
+    }
+    if race.args.size == Size::Cifar10 && !race.has_gpu() {
+        for (row, about) in rows::ON_A_GPU {
+            report.add(Reported { row, about, standing: Standing::NeedsGpu });
+        }
     }
     report.end();
     report.write(&out)?;
@@ -104,7 +111,7 @@ impl Race {
         if letters.is_empty() {
             return;
         }
-        if row.needs_gpu && !self.has_gpu() {
+        if !self.can_run() {
             report.add(Reported { row: row.name, about: row.about, standing: Standing::NeedsGpu });
             return;
         }
@@ -116,6 +123,11 @@ impl Race {
         report.add(Reported { row: row.name, about: row.about, standing });
     }
 
+    /// The largest network is for a GPU.
+    fn can_run(&self) -> bool {
+        self.args.size != Size::Imagenet64 || self.has_gpu()
+    }
+
     pub fn has_gpu(&self) -> bool {
         self.args.device.starts_with("cuda")
     }
@@ -125,7 +137,7 @@ impl Race {
             return Ok(Measured::Entries(cold_start::measure(self, letters)?));
         }
         let mut sides = Vec::new();
-        for (name, dtype) in self.own_sides() {
+        for (name, dtype) in self.own_sides(row) {
             let mut ours = Side::start(&mut side::ours(self, dtype), name, &self.shared)?;
             if let Some(why) = ours.prepare(row.name)?.get("missing").and_then(Value::as_str) {
                 return Ok(Measured::NotBuilt(why.to_owned()));
@@ -136,6 +148,9 @@ impl Race {
         for letter in letters {
             let mut peer = Side::start(&mut side::peer(self, letter), letter, &self.shared)?;
             peer.prepare(row.name).with_context(|| format!("peer {letter}"))?;
+            if !row.has_network {
+                peer.dtype = "fp32".to_owned();
+            }
             sides.push(peer);
         }
         agree(row, &mut sides)?;
@@ -154,9 +169,11 @@ impl Race {
     }
 
     /// This project in the dtype that is asked for, and in float32.
-    fn own_sides(&self) -> Vec<(&'static str, &str)> {
-        let wanted = ("ours", self.args.dtype.as_str());
-        if wanted.1 == "fp32" { vec![wanted] } else { vec![wanted, ("ours-fp32", "fp32")] }
+    fn own_sides(&self, row: &Row) -> Vec<(&'static str, &str)> {
+        match self.args.dtype.as_str() {
+            dtype if row.has_network && dtype != "fp32" => vec![("ours", dtype), ("ours-fp32", "fp32")],
+            _ => vec![("ours", "fp32")],
+        }
     }
 
     /// Items a second of each side in each round; in every other round the order is turned around.
@@ -206,11 +223,12 @@ enum Measured {
     NotBuilt(String),
 }
 
-/// Which of this project's sides a peer meets: the published form the faster one, the others that of their dtype.
+/// Which of this project's sides a peer meets: those that are run as they come the faster one, the tuned that of their
+/// dtype.
 fn opponent(peer: &Side, own: &[Vec<f64>]) -> usize {
     let median = |rates: &[f64]| report::spread(rates)[0];
     let faster = own.len() > 1 && median(&own[1]) > median(&own[0]);
-    usize::from(peer.name == "a" && faster)
+    usize::from(["a", "d"].contains(&peer.name.as_str()) && faster)
 }
 
 /// All sides have computed the same before any clock starts: in float32 closely, in lower precision as closely as that

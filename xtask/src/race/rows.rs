@@ -16,6 +16,8 @@ pub enum Size {
     Tiny,
     /// EDM's DDPM++ and NCSN++ for CIFAR-10, 56 million parameters
     Cifar10,
+    /// The U-Net of ImageNet-64, 296 million parameters: on a GPU alone
+    Imagenet64,
 }
 
 impl Size {
@@ -23,6 +25,7 @@ impl Size {
         match self {
             Size::Tiny => "tiny",
             Size::Cifar10 => "cifar10",
+            Size::Imagenet64 => "imagenet64",
         }
     }
 }
@@ -37,7 +40,8 @@ pub struct Row {
     /// The peers that can do it.
     pub peers: &'static [&'static str],
     pub measures_memory: bool,
-    pub needs_gpu: bool,
+    /// Whether a network computes, and does it in a dtype of choice.
+    pub has_network: bool,
 }
 
 impl Row {
@@ -52,19 +56,23 @@ impl Row {
 }
 
 const fn training(name: &'static str, about: &'static str) -> Row {
-    Row { name, about, unit: "img/s", peers: &["a", "b", "c"], measures_memory: true, needs_gpu: false }
+    Row { name, about, unit: "img/s", peers: &["a", "b", "c"], measures_memory: true, has_network: true }
 }
 
 const fn sampling(name: &'static str, about: &'static str) -> Row {
-    Row { name, about, unit: "img/s", peers: &["a", "b", "c"], measures_memory: false, needs_gpu: false }
+    Row { name, about, unit: "img/s", peers: &["a", "b", "c"], measures_memory: false, has_network: true }
 }
 
 const fn part(name: &'static str, about: &'static str, unit: &'static str) -> Row {
-    Row { name, about, unit, peers: &["a", "b"], measures_memory: false, needs_gpu: false }
+    Row { name, about, unit, peers: &["a", "b"], measures_memory: false, has_network: false }
+}
+
+const fn with_diffusers(name: &'static str, about: &'static str) -> Row {
+    Row { peers: &["a", "b", "c", "d"], ..sampling(name, about) }
 }
 
 /// Every row, in the order of the table.
-const ROWS: [Row; 15] = [
+const ROWS: [Row; 17] = [
     training("ct", "one CT step"),
     training("cd-heun", "one CD step with Heun"),
     training("ect", "one ECT step"),
@@ -72,7 +80,9 @@ const ROWS: [Row; 15] = [
     sampling("sample-1", "one-step sampling, batch 1"),
     sampling("sample-16", "one-step sampling, batch 16"),
     sampling("sample-64", "one-step sampling, batch 64"),
-    part("reduced", "one-step sampling in reduced arithmetic, batch 16", "img/s"),
+    Row { peers: &["a", "b"], ..sampling("reduced", "one-step sampling in reduced arithmetic, batch 16") },
+    with_diffusers("adm-1", "one-step sampling of an ADM U-Net, batch 1"),
+    with_diffusers("adm-16", "one-step sampling of an ADM U-Net, batch 16"),
     sampling("heun-18", "EDM Heun, 18 steps"),
     part("update", "optimiser and all averages", "steps/s"),
     part("data", "data path, PNGs to batches", "img/s"),
@@ -82,13 +92,30 @@ const ROWS: [Row; 15] = [
     part("checkpoint-load", "checkpoint load", "times/s"),
 ];
 
+/// What is aimed at on a GPU, for the table of a machine without one.
+pub const ON_A_GPU: [(&str, &str); 2] =
+    [("ct", "training step, GPU"), ("sample-1", "one-step sampling, batch 1, GPU, graph captured")];
+
+/// Rows that a size does not have: there is no experiment, or nothing is aimed at.
+fn is_absent(size: Size, row: &str) -> bool {
+    match size {
+        Size::Tiny => row == "reduced",
+        Size::Cifar10 => false,
+        Size::Imagenet64 => ["reduced", "ect"].contains(&row),
+    }
+}
+
 /// The rows of a size that `names` asks for; all of them if it is empty.
-pub fn chosen(_size: Size, names: &[String]) -> Result<Vec<Row>> {
+pub fn chosen(size: Size, names: &[String]) -> Result<Vec<Row>> {
     if let Some(wrong) = names.iter().find(|name| ROWS.iter().all(|row| row.name != **name)) {
         let all: Vec<&str> = ROWS.iter().map(|row| row.name).collect();
         bail!("--rows {wrong}: the rows are {}", all.join(", "));
     }
-    let asked = |row: &Row| names.is_empty() || names.iter().any(|name| name == row.name);
+    if let Some(absent) = names.iter().find(|name| is_absent(size, name)) {
+        bail!("--rows {absent}: there is no such row at size {}", size.name());
+    }
+    let named = |row: &Row| names.is_empty() || names.iter().any(|name| name == row.name);
+    let asked = |row: &Row| named(row) && !is_absent(size, row.name);
     Ok(ROWS.into_iter().filter(asked).collect())
 }
 
@@ -113,7 +140,7 @@ pub fn target(size: Size, gpu: bool, row: &Row, measure: Measure, peer: &str) ->
     let ahead = (peer == "a").then_some(1.0);
     match (measure, size, row.name) {
         (Measure::Memory, Size::Cifar10, _) => both(0.8, 1.0),
-        (Measure::Memory, Size::Tiny, _) => None,
+        (Measure::Memory, _, _) => None,
         (_, Size::Cifar10, _) if row.trains() && gpu => both(2.5, 1.05),
         (_, Size::Cifar10, _) if row.trains() => both(2.0, 1.02),
         (_, Size::Tiny, _) if row.trains() && !gpu => both(2.0, 1.3),
@@ -202,6 +229,8 @@ mod tests {
         assert_eq!(target(Size::Tiny, false, &ct, Measure::Speed, "b"), Some(1.3));
         assert_eq!(target(Size::Cifar10, true, &ct, Measure::Speed, "a"), Some(2.5));
         assert_eq!(target(Size::Cifar10, false, &ct, Measure::Memory, "a"), Some(0.8));
-        assert!(chosen(Size::Tiny, &["cct".to_owned()]).is_err());
+        for wrong in ["cct", "reduced"] {
+            assert!(chosen(Size::Tiny, &[wrong.to_owned()]).unwrap_err().to_string().contains(wrong));
+        }
     }
 }

@@ -19,7 +19,7 @@ pub struct SideArgs {
     /// Threads of one operation.
     #[arg(long)]
     pub threads: usize,
-    /// Images in a training step [default: 128 for tiny, 8 for cifar10].
+    /// Images in a training step [default: 128 for tiny, 8 for others].
     #[arg(long)]
     pub batch: Option<usize>,
     /// Where to compute.
@@ -40,6 +40,8 @@ pub enum RaceSize {
     Tiny,
     /// DDPM++ and NCSN++ for CIFAR-10.
     Cifar10,
+    /// OpenAI's U-Net for ImageNet-64.
+    Imagenet64,
 }
 
 /// What a network computes in.

@@ -16,11 +16,13 @@ use serde_json::{Value, json};
 use tch::{Device, Kind as Dtype, Tensor};
 
 use super::sample::SampleRow;
-use super::work::{Kind, Work, kind, teacher, weights};
+use super::work::{ADM, Kind, Work, kind, teacher, weights};
 use crate::args::RaceSize;
 use crate::experiment::Experiment;
 use crate::net::HEUN_LEVELS;
 
+/// The folder of diffusers that holds the same model.
+const DIFFUSERS: &str = "adm-diffusers";
 /// Pictures of the data path, and images of which statistics are taken.
 const IMAGES: usize = 2_000;
 
@@ -54,7 +56,11 @@ pub fn write(work: &Work, rows: &[String]) -> Result<()> {
 
 /// The training row whose network a row works with.
 pub fn source(row: &str) -> &'static str {
-    if row.starts_with("heun-") { "edm" } else { "ct" }
+    match row.split_once('-') {
+        Some(("heun", _)) => "edm",
+        Some(("adm", _)) => ADM,
+        _ => "ct",
+    }
 }
 
 fn write_training(work: &Work, row: &str) -> Result<()> {
@@ -120,7 +126,7 @@ fn describe_training(about: &mut Value, experiment: &Experiment) -> Result<()> {
     Ok(())
 }
 
-/// Random weights of which every one matters: those that training starts near 0 get the size of the others, and
+/// Random weights of which every one matters: those that training starts at or near 0 get the size of the others, and
 /// biases a size at all.
 fn write_weights(work: &Work, name: &str, experiment: &Experiment, spec: ModelSpec, seed: u64) -> Result<()> {
     let net = cm_net::build(&experiment.network, seed, Device::Cpu)?;
@@ -137,11 +143,14 @@ fn enlarge(params: &Params, seed: u64) -> Result<()> {
         let mut tensor = tensor.shallow_clone();
         if ["conv1.weight", "proj.weight", "aux_conv.weight"].iter().any(|end| name.ends_with(end)) {
             let _ = tensor.divide_scalar_(SMALL_START);
-        } else if tensor.dim() == 1 {
-            let per_sample = tensor.numel();
-            let samples = [name_id(name)];
+        }
+        let is_zero = tensor.abs().max().double_value(&[]) == 0.0;
+        if tensor.dim() == 1 || is_zero {
+            let (size, per_sample, samples) = (tensor.size(), tensor.numel(), [name_id(name)]);
             let spec = NormalSpec { seed, purpose: Purpose::Init, step: 1, samples: &samples, per_sample };
-            tensor += philox::normals(&spec, Device::Cpu)?.view([-1]) * 0.05;
+            let fan_in = (per_sample as i64 / size[0].max(1)) as f64;
+            let scale = if tensor.dim() == 1 { 0.05 } else { 1.0 / fan_in.sqrt() };
+            tensor += philox::normals(&spec, Device::Cpu)?.view(size.as_slice()) * scale;
         }
     }
     Ok(())
@@ -151,12 +160,15 @@ fn write_sampling(work: &Work, row: &str) -> Result<()> {
     let experiment = work.experiment(source(row))?;
     let mut about = describe(&experiment, source(row));
     let batch: usize = match row.split_once('-') {
-        Some(("sample", count)) => count.parse().with_context(|| format!("{row}: sample-COUNT"))?,
+        Some(("sample" | "adm", count)) => count.parse().with_context(|| format!("{row}: NAME-COUNT"))?,
         _ if work.size == RaceSize::Tiny => 64,
         _ => 2,
     };
     about["batch"] = json!(batch);
     about["levels"] = json!(HEUN_LEVELS);
+    if source(row) == ADM {
+        about["diffusers"] = json!(DIFFUSERS);
+    }
     json_file(&work.file(&format!("{row}.json")), &about)?;
     let samples: Vec<u64> = (0..batch as u64).collect();
     let site = Site { samples: &samples, step: 0, purpose: Purpose::Synthetic };
@@ -164,6 +176,13 @@ fn write_sampling(work: &Work, row: &str) -> Result<()> {
     let file = ModelFile::read(&work.file(&weights(source(row))))?;
     let plain = Compute { autocast: None, channels_last: false };
     let model = file.model(work.device, plain)?;
+    if source(row) == ADM {
+        let folder = work.file(DIFFUSERS);
+        if folder.exists() {
+            std::fs::remove_dir_all(&folder).with_context(|| folder.display().to_string())?;
+        }
+        cm_net::import::export_diffusers(&file, &folder)?;
+    }
     let precond: PrecondSpec = experiment.precond;
     let images = SampleRow::images_of(&model, &precond, &noise)?.to_device(Device::Cpu);
     let tensors = TensorMap::from([("noise".to_owned(), noise), ("images".to_owned(), images)]);
@@ -173,7 +192,7 @@ fn write_sampling(work: &Work, row: &str) -> Result<()> {
 fn write_pictures(work: &Work, row: &str) -> Result<()> {
     let (source, batch) = match work.size {
         RaceSize::Tiny => (SourceKind::Digits, 128),
-        RaceSize::Cifar10 => (SourceKind::Emoji, 128),
+        RaceSize::Cifar10 | RaceSize::Imagenet64 => (SourceKind::Emoji, 128),
     };
     let set = SourceSpec::new(source, None).open()?;
     let indices = (0..IMAGES).map(|i| (i % set.len()) as u32);

@@ -102,3 +102,73 @@ fn peak_memory() -> Result<u64> {
     let kilobytes: u64 = line.trim().trim_end_matches("kB").trim().parse().context("VmHWM")?;
     Ok(kilobytes * 1024)
 }
+
+#[cfg(test)]
+mod tests {
+    use cm_torch::device::DeviceSpec;
+
+    use super::*;
+    use crate::args::{RaceDtype, RaceSize};
+
+    fn work(folder: &std::path::Path, dtype: RaceDtype) -> Work {
+        let args = SideArgs {
+            folder: folder.to_owned(),
+            size: RaceSize::Tiny,
+            dtype,
+            threads: 1,
+            batch: Some(4),
+            device: DeviceSpec::Cpu,
+            write: Vec::new(),
+            sets: Vec::new(),
+        };
+        Work::new(&args).unwrap()
+    }
+
+    /// Asks for a row's check.
+    fn check(work: &Work, name: &str) -> Value {
+        let mut row = None;
+        obey(work, &["prepare", name], &mut row).unwrap();
+        let answer = obey(work, &["check"], &mut row).unwrap();
+        let ran = obey(work, &["run", "2"], &mut row).unwrap();
+        assert!(
+            ran["seconds"].as_f64().unwrap() > 0.0 && ran["items"].as_u64().unwrap() >= 2,
+            "{name}: {ran}"
+        );
+        answer
+    }
+
+    #[test]
+    fn rows_do_the_work_that_their_files_describe() {
+        let folder = tempfile::tempdir().unwrap();
+        let plain = work(folder.path(), RaceDtype::Fp32);
+        let rows = ["cd-heun", "edm", "sample-2", "adm-2", "update", "checkpoint-load"].map(str::to_owned);
+        files::write(&plain, &rows).unwrap();
+        for name in ["sample-2", "adm-2"] {
+            assert!(check(&plain, name)["distance"].as_f64().unwrap() < 1e-6);
+            // Lower precision is there, and not far.
+            let low = check(&work(folder.path(), RaceDtype::Bf16), name)["distance"].as_f64().unwrap();
+            assert!(low > 1e-4 && low < 0.05, "{name}: {low}");
+        }
+        for name in ["cd-heun", "edm"] {
+            let answer = check(&plain, name);
+            assert_eq!(answer, check(&plain, name), "the first step is always the same");
+            assert!(["loss", "grad_norm", "moved"].iter().all(|key| answer[key].as_f64().unwrap() > 0.0));
+        }
+        let answer = check(&plain, "update");
+        // θ⁻ has gone 1 − β of the way that θ went.
+        let share = answer["average"].as_f64().unwrap() / answer["moved"].as_f64().unwrap();
+        assert!((share - 0.02).abs() < 1e-4, "{share}");
+        check(&plain, "checkpoint-load");
+    }
+
+    #[test]
+    fn what_is_not_there_is_said() {
+        let folder = tempfile::tempdir().unwrap();
+        let work = work(folder.path(), RaceDtype::Fp32);
+        let answer = |words: &[&str]| obey(&work, words, &mut None);
+        assert_eq!(answer(&["prepare", "reduced"]).unwrap()["missing"], "not built");
+        assert!(answer(&["check"]).unwrap_err().to_string().contains("prepare"));
+        assert!(answer(&["prepare", "sample-x"]).is_err() && answer(&["jump"]).is_err());
+        assert!(answer(&["memory"]).unwrap()["bytes"].as_u64().unwrap() > 1_000_000);
+    }
+}

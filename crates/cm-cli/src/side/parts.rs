@@ -7,15 +7,15 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use cm_data::{Loader, LoaderSpec, SourceKind, SourceSpec};
 use cm_eval::{Divisor, Moments, MomentsStream, frechet_distance};
-use cm_model::{Bundle, Cond, TensorMap};
+use cm_model::{Bundle, TensorMap};
 use cm_net::ModelSpec;
 use cm_torch::optim::{EmaTarget, Optimizer, StepOptions, grad_norm};
-use cm_train::{Batch, Checkpoint, Checkpoints, Trainable, Trainer, Weights};
+use cm_train::{Checkpoint, Checkpoints, Trainable, Trainer, Weights};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
 use super::Row;
-use super::train::{distance, wait_for};
+use super::train::{batch, distance, wait_for};
 use super::work::Work;
 use crate::net::Net;
 
@@ -105,8 +105,7 @@ pub struct CheckpointRow {
 impl CheckpointRow {
     pub fn new(work: &Work, row: &str) -> Result<Self> {
         let (experiment, mut trainer) = work.trainer("ct")?;
-        let images = work.tensor(&work.bundle("ct")?, "images")?;
-        trainer.step(&Batch { images, cond: Cond::none() })?;
+        trainer.step(&batch(work, "ct", &trainer)?)?;
         let folder = work.file(&format!("ours-{row}"));
         let row = Self { trainer, spec: experiment.model_spec(), folder, loads: row == "checkpoint-load" };
         row.clear()?;

@@ -13,7 +13,7 @@ use tch::{Kind, Tensor};
 use super::Row;
 use super::files::source;
 use super::train::wait_for;
-use super::work::{Work, weights};
+use super::work::{Work, classes, weights};
 use crate::net::HEUN_LEVELS;
 
 pub struct SampleRow {
@@ -58,7 +58,12 @@ fn draw(model: &Model, precond: &PrecondSpec, seeds: &[u64], hooks: Hooks<'_>) -
     };
     // As the public samplers: Consistency Models clamps, EDM does not.
     let clip = model.role() == Role::Consistency;
-    let request = Request { batch: seeds.len(), clip, ..Request::new(seeds) };
+    let num_classes = match model {
+        Model::Denoiser(model) => model.num_classes(),
+        Model::Consistency(model) => model.num_classes(),
+    };
+    let labels = classes(seeds.len(), num_classes);
+    let request = Request { batch: seeds.len(), clip, labels: labels.as_deref(), ..Request::new(seeds) };
     Ok(sample(&method, &request, hooks)?)
 }
 

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
 use super::Row;
-use super::work::Work;
+use super::work::{Work, classes};
 use crate::net::Net;
 
 pub struct TrainRow {
@@ -20,9 +20,20 @@ pub struct TrainRow {
 impl TrainRow {
     pub fn new(work: &Work, row: &str) -> Result<Self> {
         let (_, trainer) = work.trainer(row)?;
-        let images = work.tensor(&work.bundle(row)?, "images")?;
-        Ok(Self { trainer, batch: Batch { images, cond: Cond::none() } })
+        let batch = batch(work, row, &trainer)?;
+        Ok(Self { trainer, batch })
     }
+}
+
+/// The images of the row's file with their classes.
+pub fn batch(work: &Work, row: &str, trainer: &Trainer<Net>) -> Result<Batch> {
+    let images = work.tensor(&work.bundle(row)?, "images")?;
+    let num_classes = trainer.student().num_classes();
+    let cond = match classes(images.size()[0] as usize, num_classes) {
+        Some(labels) => Cond::labels(&labels, num_classes, work.device)?,
+        None => Cond::none(),
+    };
+    Ok(Batch { images, cond })
 }
 
 impl Row for TrainRow {

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use cm_model::{Bundle, Compute};
-use cm_net::NetSpec;
-use cm_schedule::LrRule;
+use cm_net::{AttnHeads, NetSpec, OpenaiUnetSpec};
+use cm_schedule::{LrRule, NoiseCond};
 use cm_train::{Metric, Trainer};
 use tch::{Device, Tensor};
 
@@ -27,6 +27,26 @@ pub enum Kind {
     Reduced,
 }
 
+/// The network that diffusers has too, for which there is no experiment.
+pub const ADM: &str = "adm";
+
+/// A U-Net of OpenAI's kind of about the size of the others.
+fn adm(size: RaceSize) -> OpenaiUnetSpec {
+    let tiny = size == RaceSize::Tiny;
+    OpenaiUnetSpec {
+        image_size: if tiny { 8 } else { 32 },
+        // diffusers' pipeline takes nothing else.
+        image_channels: 3,
+        num_classes: 0,
+        model_channels: if tiny { 64 } else { 128 },
+        channel_mult: if tiny { vec![1, 2] } else { vec![1, 2, 2] },
+        num_blocks: if tiny { 1 } else { 3 },
+        attn_resolutions: if tiny { vec![4] } else { vec![16, 8] },
+        attn_heads: AttnHeads::HeadChannels(64),
+        ..OpenaiUnetSpec::imagenet64()
+    }
+}
+
 /// The kind of the row `name`.
 pub fn kind(name: &str) -> Result<Kind> {
     Ok(match name {
@@ -36,7 +56,7 @@ pub fn kind(name: &str) -> Result<Kind> {
         "data" => Kind::Data,
         "fid" => Kind::Fid,
         "reduced" => Kind::Reduced,
-        name if name.starts_with("sample-") || name.starts_with("heun-") => Kind::Sample,
+        name if ["sample-", "heun-", "adm-"].iter().any(|start| name.starts_with(start)) => Kind::Sample,
         name => bail!("{name}: no such row"),
     })
 }
@@ -101,12 +121,23 @@ impl Work {
             (RaceSize::Cifar10, "cd-heun") => "cifar10-cd-l2",
             (RaceSize::Cifar10, "ect") => "cifar10-ect",
             (RaceSize::Cifar10, "edm") => "cifar10-edm-ddpmpp",
+            (RaceSize::Imagenet64, "ct" | ADM) => "imagenet64-ct",
+            (RaceSize::Imagenet64, "cd-heun") => "imagenet64-cd-l2",
+            (RaceSize::Imagenet64, "edm") => "imagenet64-edm",
+            (RaceSize::Tiny, ADM) => "digits-ct",
+            (RaceSize::Cifar10, ADM) => "cifar10-ct",
             (_, row) => bail!("{row}: no experiment"),
         };
         let mut experiment = Experiment::read(&Source::find(preset)?, &self.sets)?;
         experiment.augment = None;
-        if let NetSpec::SongUnet(spec) = &mut experiment.network {
-            (spec.dropout, spec.augment_dim) = (0.0, 0);
+        match &mut experiment.network {
+            NetSpec::SongUnet(spec) => (spec.dropout, spec.augment_dim) = (0.0, 0),
+            NetSpec::DhariwalUnet(spec) => (spec.dropout, spec.augment_dim) = (0.0, 0),
+            NetSpec::OpenaiUnet(spec) => spec.dropout = 0.0,
+        }
+        if row == ADM && self.size != RaceSize::Imagenet64 {
+            experiment.network = NetSpec::OpenaiUnet(adm(self.size));
+            experiment.precond.noise_cond = NoiseCond::ThousandQuarterLog;
         }
         let train = &mut experiment.train;
         (train.batch, train.micro_batch, train.lr_rule) = (self.batch, None, LrRule::Constant {});
@@ -133,6 +164,11 @@ impl Work {
         let trainer = session::build_trainer(&experiment, &start, self.device)?;
         Ok((experiment, trainer))
     }
+}
+
+/// Classes of so many images: one after the other; none for an unconditional network.
+pub fn classes(images: usize, num_classes: i64) -> Option<Vec<i64>> {
+    (num_classes > 0).then(|| (0..images as i64).map(|image| image % num_classes).collect())
 }
 
 /// The file of a row's weights.

@@ -226,25 +226,3 @@ class SongUNet(nn.Module):
                     x = torch.cat([x, skips.pop()], dim=1)
                 x = layer(x, emb)
         return x
-
-
-class Preconditioned(nn.Module):
-    """c_skip·x + c_out·F(c_in·x; c_noise): a denoiser, or with `boundary` a consistency function."""
-
-    def __init__(self, net, precond, boundary, mode):
-        super().__init__()
-        self.net, self.boundary, self.mode = net, boundary, mode
-        self.sigma_data, self.sigma_min = precond["sigma_data"], precond["sigma_min"]
-
-    def forward(self, x, sigma):
-        x = x.to(torch.float32)
-        sigma = sigma.to(torch.float32).reshape(-1, 1, 1, 1)
-        data = self.sigma_data
-        nearness = sigma - self.sigma_min if self.boundary else sigma
-        c_skip = data**2 / (nearness**2 + data**2)
-        c_out = nearness * data / (sigma**2 + data**2).sqrt()
-        c_in = 1 / (data**2 + sigma**2).sqrt()
-        c_noise = (sigma.log() / 4).flatten().expand(x.shape[0])
-        with self.mode.autocast():
-            raw = self.net(self.mode.layout(c_in * x), c_noise)
-        return c_skip * x + c_out * raw.to(torch.float32)
