@@ -7,7 +7,8 @@ use anyhow::Result;
 use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand};
 
-use crate::{ci, doctor, exports, fuzz, runner, setup, soak, tidy, tools, torture};
+use crate::race::Size;
+use crate::{ci, doctor, exports, fuzz, race, runner, setup, soak, tidy, tools, torture};
 
 /// Set libtorch up, then build, test, train and sample with it.
 ///
@@ -166,6 +167,18 @@ A table at the end, and torture.json in the folder; exit code 1 if anything did 
   cargo xtask soak --hours 0.1 --config emoji-ect --out out/short")]
     Soak(SoakArgs),
 
+    /// Race this project against PyTorch on the same work, in turns, and hold every ratio against its target
+    #[command(after_help = "Examples:
+  cargo xtask race                    the small network, against all peers
+  cargo xtask race --size cifar10 --against a,b
+  cargo xtask race --rows ct,sample-1 --pairs 3 --seconds 0.5
+  cargo xtask race --size cifar10 --publish
+
+Peers: a is eager PyTorch in float32 as the public references run it, b the same with channels-last, bf16 autocast and
+fused updates, c is b under torch.compile, d diffusers. The first call installs them (5.3 GB). Writes race.json and
+race.md; exit code 1 if a target was missed or a row could not be measured. docs/performance.md says more.")]
+    Race(RaceArgs),
+
     /// Fuzz the parsers of outside bytes, guided by what of their code the bytes reach
     #[command(after_help = "Examples:
   cargo xtask fuzz                    every target, a million executions each
@@ -251,6 +264,47 @@ pub struct SoakArgs {
     pub out: PathBuf,
 }
 
+/// What is raced, against what.
+#[derive(Args)]
+pub struct RaceArgs {
+    /// Which networks
+    #[arg(long, value_enum, default_value = "tiny")]
+    pub size: Size,
+    /// Where to compute: cpu, cuda or cuda:N
+    #[arg(long, default_value = "cpu")]
+    pub device: String,
+    /// These rows alone [default: all]
+    #[arg(long, value_name = "ROWS", value_delimiter = ',')]
+    pub rows: Vec<String>,
+    /// The peers to race against
+    #[arg(long, value_name = "PEERS", value_delimiter = ',', default_value = "a,b,c,d")]
+    pub against: Vec<String>,
+    /// Rounds in which every side has its turn
+    #[arg(long, value_name = "N", default_value = "7")]
+    pub pairs: usize,
+    /// Seconds of a turn, or one piece of work if that takes longer
+    #[arg(long, value_name = "SECONDS", default_value = "1.0")]
+    pub seconds: f64,
+    /// Threads of every side [default: all cores]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+    /// Images in a training step [default: 128 for tiny, 8 for others]
+    #[arg(long, value_name = "N")]
+    pub batch: Option<usize>,
+    /// What this project and peers b, c and d compute in
+    #[arg(long, default_value = "bf16", value_parser = PossibleValuesParser::new(["fp32", "bf16"]))]
+    pub dtype: String,
+    /// Change a setting of this project's experiments, as for `cm train`
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    pub sets: Vec<String>,
+    /// Folder for the files of the race and its result
+    #[arg(long, value_name = "DIR", default_value = "out/race")]
+    pub out: PathBuf,
+    /// Put the table into docs/performance.md too
+    #[arg(long)]
+    pub publish: bool,
+}
+
 /// What is fuzzed, and how long.
 #[derive(Args)]
 pub struct FuzzArgs {
@@ -283,6 +337,7 @@ pub fn run(cli: Cli) -> Result<u8> {
         Command::Env => exports::run(),
         Command::Doctor => doctor::run(),
         Command::Tidy => tidy::run(),
+        Command::Race(args) => race::run(args),
         Command::Fuzz(args) => fuzz::run(&args),
         Command::Torture(args) => torture::run(&args),
         Command::Soak(args) => soak::run(&args),

@@ -14,6 +14,7 @@ mod libtorch;
 mod pip;
 mod progress;
 mod python;
+mod race;
 mod runner;
 mod setup;
 mod soak;

@@ -75,7 +75,8 @@ fn check_python(version: &str) -> Result<()> {
     }
 }
 
-fn make_venv(base: &Python, venv: &Path) -> Result<()> {
+/// Makes an empty virtual environment.
+pub fn make_venv(base: &Python, venv: &Path) -> Result<()> {
     let mut command = Command::new(&base.program);
     command.args(["-m", "venv"]).arg(venv);
     let output = command.output().with_context(|| format!("cannot start {:?}", base.program))?;
@@ -90,7 +91,8 @@ fn make_venv(base: &Python, venv: &Path) -> Result<()> {
     Ok(())
 }
 
-fn interpreter(venv: &Path) -> PathBuf {
+/// The interpreter of a virtual environment.
+pub fn interpreter(venv: &Path) -> PathBuf {
     venv.join(if cfg!(windows) { "Scripts/python.exe" } else { "bin/python" })
 }
 

@@ -19,6 +19,7 @@ mod published;
 mod ranks;
 mod report;
 mod runs;
+mod side;
 mod sources;
 mod ui;
 
@@ -61,5 +62,6 @@ fn run(command: &Command) -> exit::Outcome {
         Command::Model(command) => commands::model::model(command),
         Command::Preset(command) => commands::preset::preset(command),
         Command::Doctor => commands::doctor::doctor(),
+        Command::RaceSide(args) => side::side(args),
     }
 }

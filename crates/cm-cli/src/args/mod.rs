@@ -9,6 +9,7 @@ mod model;
 mod report;
 mod sample;
 mod search;
+mod side;
 
 use std::path::PathBuf;
 
@@ -26,6 +27,7 @@ pub use model::{ExportForm, LPIPS_KINDS, ModelCommand, StoredDtype};
 pub use report::{REPORT_EXAMPLES, ReportArgs, ReportData};
 pub use sample::{SAMPLE_EXAMPLES, SampleArgs, SamplerKind};
 pub use search::{SEARCH_EXAMPLES, ScoreKind, SearchArgs};
+pub use side::{RaceDtype, RaceSize, SideArgs};
 
 /// Consistency models: train them, sample them in one step, look inside.
 #[derive(Debug, Parser)]
@@ -93,6 +95,9 @@ pub enum Command {
     Preset(PresetCommand),
     /// Say what this machine offers: libtorch, devices, memory.
     Doctor,
+    /// One side of `cargo xtask race`, which obeys commands on standard input.
+    #[command(name = "race-side", hide = true)]
+    RaceSide(SideArgs),
 }
 
 const TRAIN_EXAMPLES: &str = "\

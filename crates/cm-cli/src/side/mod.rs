@@ -1,0 +1,174 @@
+//! `cm race-side`: this project's side of `cargo xtask race`, hidden from the help.
+//!
+//! It reads one command a line and answers one line of JSON each, as the peers in scripts/peers do, so that the two can
+//! work in turns without being started anew:
+//!
+//! | command | what it does |
+//! | --- | --- |
+//! | `prepare ROW` | builds what the row needs, in place of the row before |
+//! | `check` | does the row's work once on the files that all sides share, and says what came of it |
+//! | `run N` | does it N times: `{"seconds": …, "items": …}` |
+//! | `memory` | the peak resident memory of this process so far, in bytes |
+//! | `quit` | |
+
+mod files;
+mod parts;
+mod sample;
+mod train;
+mod work;
+
+use std::io::BufRead;
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+use crate::args::SideArgs;
+use crate::exit::{OrUsage, Outcome};
+use work::{Kind, Work};
+
+/// A row of the race, ready to run.
+trait Row {
+    /// What the row's work gives on the shared files.
+    fn check(&mut self) -> Result<Value>;
+
+    /// Does the work `count` times and returns its seconds.
+    fn run(&mut self, count: u64) -> Result<f64>;
+
+    /// Images, or whatever is counted, in one piece of work.
+    fn items(&self) -> u64;
+}
+
+/// Runs `cm race-side`.
+pub fn side(args: &SideArgs) -> Outcome {
+    cm_torch::device::set_threads(args.threads).or_usage()?;
+    let work = Work::new(args)?;
+    if !args.write.is_empty() {
+        return Ok(files::write(&work, &args.write)?);
+    }
+    let mut row: Option<Box<dyn Row>> = None;
+    for line in std::io::stdin().lock().lines() {
+        let line = line.context("reading a command")?;
+        let words: Vec<&str> = line.split_whitespace().collect();
+        if words == ["quit"] {
+            break;
+        }
+        let answer = obey(&work, &words, &mut row).unwrap_or_else(|error| {
+            let text = format!("{error:#}").replace('\n', " ");
+            json!({ "error": text })
+        });
+        println!("{answer}");
+    }
+    Ok(())
+}
+
+fn obey(work: &Work, words: &[&str], row: &mut Option<Box<dyn Row>>) -> Result<Value> {
+    let ready = |row: &mut Option<Box<dyn Row>>| row.take().context("prepare a row first");
+    match words {
+        ["prepare", name] => {
+            *row = None;
+            *row = Some(match work::kind(name)? {
+                Kind::Train => Box::new(train::TrainRow::new(work, name)?),
+                Kind::Sample => Box::new(sample::SampleRow::new(work, name)?),
+                Kind::Update => Box::new(parts::UpdateRow::new(work)?),
+                Kind::Checkpoint => Box::new(parts::CheckpointRow::new(work, name)?),
+                Kind::Data => Box::new(parts::DataRow::new(work, name)?),
+                Kind::Fid => Box::new(parts::FidRow::new(work, name)?),
+                Kind::Reduced => return Ok(json!({ "missing": "not built" })),
+            });
+            Ok(json!({ "dtype": work.dtype_name() }))
+        }
+        ["check"] => {
+            let mut ready = ready(row)?;
+            let answer = ready.check();
+            *row = Some(ready);
+            answer
+        }
+        ["run", count] => {
+            let count: u64 = count.parse().context("run N")?;
+            let mut ready = ready(row)?;
+            let (seconds, items) = (ready.run(count), ready.items() * count);
+            *row = Some(ready);
+            Ok(json!({ "seconds": seconds?, "items": items }))
+        }
+        ["memory"] => Ok(json!({ "bytes": peak_memory()? })),
+        _ => bail!("{}: no such command", words.join(" ")),
+    }
+}
+
+/// The most memory that this process has had resident.
+fn peak_memory() -> Result<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").context("reading /proc/self/status")?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM there")?;
+    let kilobytes: u64 = line.trim().trim_end_matches("kB").trim().parse().context("VmHWM")?;
+    Ok(kilobytes * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use cm_torch::device::DeviceSpec;
+
+    use super::*;
+    use crate::args::{RaceDtype, RaceSize};
+
+    fn work(folder: &std::path::Path, dtype: RaceDtype) -> Work {
+        let args = SideArgs {
+            folder: folder.to_owned(),
+            size: RaceSize::Tiny,
+            dtype,
+            threads: 1,
+            batch: Some(4),
+            device: DeviceSpec::Cpu,
+            write: Vec::new(),
+            sets: Vec::new(),
+        };
+        Work::new(&args).unwrap()
+    }
+
+    /// Asks for a row's check.
+    fn check(work: &Work, name: &str) -> Value {
+        let mut row = None;
+        obey(work, &["prepare", name], &mut row).unwrap();
+        let answer = obey(work, &["check"], &mut row).unwrap();
+        let ran = obey(work, &["run", "2"], &mut row).unwrap();
+        assert!(
+            ran["seconds"].as_f64().unwrap() > 0.0 && ran["items"].as_u64().unwrap() >= 2,
+            "{name}: {ran}"
+        );
+        answer
+    }
+
+    #[test]
+    fn rows_do_the_work_that_their_files_describe() {
+        let folder = tempfile::tempdir().unwrap();
+        let plain = work(folder.path(), RaceDtype::Fp32);
+        let rows = ["cd-heun", "edm", "sample-2", "adm-2", "update", "checkpoint-load"].map(str::to_owned);
+        files::write(&plain, &rows).unwrap();
+        for name in ["sample-2", "adm-2"] {
+            assert!(check(&plain, name)["distance"].as_f64().unwrap() < 1e-6);
+            // Lower precision is there, and not far.
+            let low = check(&work(folder.path(), RaceDtype::Bf16), name)["distance"].as_f64().unwrap();
+            assert!(low > 1e-4 && low < 0.05, "{name}: {low}");
+        }
+        for name in ["cd-heun", "edm"] {
+            let answer = check(&plain, name);
+            assert_eq!(answer, check(&plain, name), "the first step is always the same");
+            assert!(["loss", "grad_norm", "moved"].iter().all(|key| answer[key].as_f64().unwrap() > 0.0));
+        }
+        let answer = check(&plain, "update");
+        // θ⁻ has gone 1 − β of the way that θ went.
+        let share = answer["average"].as_f64().unwrap() / answer["moved"].as_f64().unwrap();
+        assert!((share - 0.02).abs() < 1e-4, "{share}");
+        check(&plain, "checkpoint-load");
+    }
+
+    #[test]
+    fn what_is_not_there_is_said() {
+        let folder = tempfile::tempdir().unwrap();
+        let work = work(folder.path(), RaceDtype::Fp32);
+        let answer = |words: &[&str]| obey(&work, words, &mut None);
+        assert_eq!(answer(&["prepare", "reduced"]).unwrap()["missing"], "not built");
+        assert!(answer(&["check"]).unwrap_err().to_string().contains("prepare"));
+        assert!(answer(&["prepare", "sample-x"]).is_err() && answer(&["jump"]).is_err());
+        assert!(answer(&["memory"]).unwrap()["bytes"].as_u64().unwrap() > 1_000_000);
+    }
+}

@@ -1,0 +1,91 @@
+//! The time from the start of a process to its first picture.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use super::Race;
+use super::report::Entry;
+use super::rows::{self, Measure, Row, target};
+use super::side::with_threads;
+
+/// Longer than any start.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// `cm sample` beside cold_start.py, in turns.
+pub fn measure(race: &Race, letters: &[&'static str]) -> Result<Vec<Entry>> {
+    let row = row()?;
+    let folder = race.shared.join("first");
+    let mut rates = vec![Vec::new(); letters.len() + 1];
+    // The first round of each fills the page cache and does not count.
+    for round in 0..=race.args.pairs {
+        for (index, rate) in rates.iter_mut().enumerate() {
+            let (mut command, png) = match index {
+                0 => ours(race, &folder),
+                _ => theirs(race, letters[index - 1], &folder),
+            };
+            let seconds = until(&mut command, &png)?;
+            if round > 0 {
+                rate.push(1.0 / seconds);
+            }
+        }
+    }
+    let entry = |(index, letter): (usize, &&'static str)| {
+        let target = target(race.args.size, race.has_gpu(), &row, Measure::Speed, letter);
+        let theirs = if *letter == "a" { "fp32" } else { &race.args.dtype };
+        let dtypes = ["fp32".to_owned(), theirs.to_owned()];
+        Entry::of_rates(row.unit, letter, dtypes, [&rates[0], &rates[index + 1]], target)
+    };
+    Ok(letters.iter().enumerate().map(entry).collect())
+}
+
+fn row() -> Result<Row> {
+    rows::chosen(rows::Size::Tiny, &[rows::COLD_START.to_owned()])?.pop().context("the row of cold starts")
+}
+
+fn ours(race: &Race, folder: &Path) -> (Command, PathBuf) {
+    let mut command = Command::new(&race.cm);
+    command.arg("sample").arg(race.shared.join("ct-weights.safetensors"));
+    command.args(["--seeds", "0", "--batch", "1", "--device", &race.args.device]).arg("--out").arg(folder);
+    (with_threads(command, race.threads), folder.join("000000.png"))
+}
+
+fn theirs(race: &Race, letter: &str, folder: &Path) -> (Command, PathBuf) {
+    let png = folder.join(format!("{letter}.png"));
+    let mut command = Command::new(&race.python);
+    command.arg(race.scripts.join("cold_start.py")).arg(&race.shared).arg("sample-1");
+    command.args([letter, &race.args.dtype, &race.threads.to_string(), &race.args.device]).arg(&png);
+    (with_threads(command, race.threads), png)
+}
+
+/// Seconds until a whole picture lies at `png`.
+fn until(command: &mut Command, png: &Path) -> Result<f64> {
+    if let Some(folder) = png.parent() {
+        drop(fs::remove_dir_all(folder));
+        fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    }
+    let begin = Instant::now();
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+    loop {
+        if is_whole(png) {
+            let seconds = begin.elapsed().as_secs_f64();
+            child.wait()?;
+            return Ok(seconds);
+        }
+        let ended = child.try_wait()?;
+        if ended.is_some_and(|status| !status.success()) || begin.elapsed() > PATIENCE {
+            let _ = child.kill();
+            child.wait()?;
+            bail!("{}: no picture came of {:?}", png.display(), command);
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// A PNG ends in the chunk IEND.
+fn is_whole(png: &Path) -> bool {
+    fs::read(png).is_ok_and(|bytes| bytes.len() > 8 && bytes[bytes.len() - 8..].starts_with(b"IEND"))
+}
