@@ -6,7 +6,7 @@ use clap::builder::RangedU64ValueParser;
 use clap::{Args, Subcommand, ValueEnum};
 use cm_torch::device::DeviceSpec;
 
-use super::SeedRange;
+use super::{Dtype, SeedRange};
 
 /// How edits are called.
 pub const EDIT_EXAMPLES: &str = "\
@@ -340,6 +340,9 @@ pub struct CommonArgs {
     /// Write the results as npz too.
     #[arg(long)]
     pub npz: bool,
+    /// What the network computes in.
+    #[arg(long, value_enum, default_value = "f32")]
+    pub dtype: Dtype,
     /// Where to compute: auto, cpu, cuda or cuda:N.
     #[arg(long, default_value = "auto")]
     pub device: DeviceSpec,

@@ -1,6 +1,7 @@
 //! What can be typed.
 
 mod demo;
+mod dtype;
 pub mod edit;
 mod eval;
 mod gallery;
@@ -19,6 +20,7 @@ use cm_model::short;
 use cm_torch::device::DeviceSpec;
 
 pub use demo::{Bar, DEMO_EXAMPLES, DemoArgs, DemoData, DemoRecipe};
+pub use dtype::Dtype;
 pub use edit::{EDIT_EXAMPLES, EditCommand};
 pub use eval::{EVAL_EXAMPLES, EvalArgs, Metric};
 pub use gallery::{GALLERY_EXAMPLES, GalleryArgs};

@@ -6,7 +6,7 @@ use clap::builder::RangedU64ValueParser;
 use clap::{Args, ValueEnum};
 use cm_torch::device::DeviceSpec;
 
-use super::SeedRange;
+use super::{Dtype, SeedRange};
 
 /// How it is called.
 pub const SAMPLE_EXAMPLES: &str = "\
@@ -15,6 +15,7 @@ Examples:
   cm sample runs/digits --sampler multistep --sigmas 80,0.8 --seeds 0-15 --out out/two-step
   cm sample model.safetensors --sampler multistep --ts 0,22,39 --class 3
   cm sample cd_imagenet64_l2.pt --as openai-imagenet64-cd --class 207
+  cm sample runs/cifar10 --dtype bf16 --seeds 0-49999 --batch 64
   cm sample runs/edm --sampler heun --steps 18 --ema 0.9999
   cm sample runs/edm --sampler dpmpp2m --steps 10
   cm sample runs/edm --sampler heun --steps 256 --s-churn 40 --s-min 0.05 --s-max 50 --s-noise 1.003
@@ -72,6 +73,9 @@ pub struct SampleArgs {
     /// Put the PNGs into sub-folders of 1,000.
     #[arg(long)]
     pub subdirs: bool,
+    /// What the network computes in.
+    #[arg(long, value_enum, default_value = "f32")]
+    pub dtype: Dtype,
     /// Where to compute: auto, cpu, cuda or cuda:N.
     #[arg(long, default_value = "auto")]
     pub device: DeviceSpec,

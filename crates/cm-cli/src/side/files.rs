@@ -174,7 +174,7 @@ fn write_sampling(work: &Work, row: &str) -> Result<()> {
     let site = Site { samples: &samples, step: 0, purpose: Purpose::Synthetic };
     let noise = Philox { seed: 1, device: Device::Cpu }.normal(experiment.network.image_shape(), &site)?;
     let file = ModelFile::read(&work.file(&weights(source(row))))?;
-    let plain = Compute { autocast: None, channels_last: false };
+    let plain = Compute::default();
     let model = file.model(work.device, plain)?;
     if source(row) == ADM {
         let folder = work.file(DIFFUSERS);

@@ -50,7 +50,7 @@ impl Loaded {
         let path = source.path.display();
         let device = session::device(&common.device)?;
         let file = source.read()?;
-        let model = file.model(device, cm_model::Compute::default())?;
+        let model = file.model(device, common.dtype.compute())?;
         model.consistency().with_context(|| format!("{path}: edits need a consistency model"))?;
         eprintln!("model: {path} ({} parameters)", file.spec.net.num_parameters()?);
         Ok(Self { model, rho: file.spec.precond.rho })
