@@ -144,6 +144,13 @@ fn ranks_distil_as_one_process_does() {
             let difference = relative_difference(&one, &two, |_| true);
             assert!(difference < 1e-4, "{name}, {file}: {difference:e}");
         }
+        // Stages of PD begin with averages and moments of their own, in shares too.
+        let shared = format!("launch --nproc 2 -- {line}-in-shares");
+        sandbox.cm(&shared).set(recipe).set(&["train.shard_state=true"]).run().ok();
+        for file in ["raw.safetensors", "ema-0.9.safetensors", "optimizer.safetensors"] {
+            let of = |of: &str| checkpoint(&sandbox, &format!("{name}-{of}"), 30, file);
+            assert_eq!(relative_difference(&of("of-2"), &of("in-shares"), |_| true), 0.0, "{name}, {file}");
+        }
     }
 }
 

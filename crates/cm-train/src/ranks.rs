@@ -49,7 +49,8 @@ pub fn agree(group: &ProcessGroup, settings: &impl Serialize) -> Result<()> {
 
 impl<M: Trainable> Trainer<M> {
     /// Makes this trainer one rank of a group that trains together. All ranks take over the state of rank 0, the one
-    /// that need be resumed from a checkpoint; from then on [`Trainer::step`] takes this rank's rows of a batch.
+    /// that need be resumed from a checkpoint; from then on [`Trainer::step`] takes this rank's rows of a batch. With
+    /// [`crate::TrainSpec::shard_state`], of averages and moments each rank takes over its share alone.
     ///
     /// # Errors
     /// [`Error::Setting`] if there are more ranks than images in a batch; [`cm_torch::Error::Rank`] if another rank has
