@@ -30,6 +30,7 @@ use clap::Parser;
 
 fn main() -> ExitCode {
     let command = Cli::parse().command;
+    cm_torch::device::keep_memory();
     std::panic::set_hook(Box::new(|panic| eprintln!("error: {}", exit::panic_line(panic))));
     match std::panic::catch_unwind(|| run(&command)) {
         Ok(Ok(())) => ExitCode::SUCCESS,

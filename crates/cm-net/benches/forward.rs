@@ -43,7 +43,7 @@ fn forward(c: &mut Criterion) {
     ];
     let cases = [
         ("ddpmpp_cifar10", SongUnetSpec::ddpmpp_cifar10(0), vec![1, 16]),
-        ("ncsnpp_cifar10", SongUnetSpec::consistency_cifar10(), vec![1]),
+        ("ncsnpp_cifar10", SongUnetSpec::consistency_cifar10(), vec![1, 16]),
         ("digits_32_64", digits(), vec![128]),
     ];
     for (name, spec, batches) in cases {

@@ -53,6 +53,8 @@ unsafe extern "C" {
     fn cm_channels_last(input: *const C_tensor, output: *mut *mut C_tensor) -> *mut c_char;
     fn cm_is_channels_last(input: *const C_tensor) -> bool;
 
+    fn cm_keep_memory();
+
     fn cm_cuda_memory(index: c_int, out: *mut i64) -> *mut c_char;
     fn cm_cuda_reset_peak(index: c_int) -> *mut c_char;
 
@@ -210,6 +212,11 @@ pub(crate) fn channels_last(tensor: &Tensor) -> Result<Tensor> {
 pub(crate) fn is_channels_last(tensor: &Tensor) -> bool {
     // SAFETY: the tensor outlives the call.
     unsafe { cm_is_channels_last(tensor.as_ptr()) }
+}
+
+pub(crate) fn keep_memory() {
+    // SAFETY: no arguments; the C library locks its own settings.
+    unsafe { cm_keep_memory() }
 }
 
 /// Bytes in tensors now, their peak, bytes reserved now, their peak.
