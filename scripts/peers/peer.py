@@ -3,7 +3,7 @@
     prepare ROW    builds what the row needs, in place of the row before
     check          does the row's work once on the files that both sides share, and says what came of it
     run N          does it N times: {"seconds": …, "items": …}
-    memory         the peak resident memory of this process so far, in bytes
+    memory         the most memory that this process has held so far, in bytes
     quit
 
 Called as: peer.py FOLDER MODE DTYPE THREADS DEVICE

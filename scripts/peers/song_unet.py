@@ -28,8 +28,10 @@ class Linear(nn.Module):
 
 
 class Conv2d(nn.Module):
-    """A convolution, with a filter in front of it that doubles (`up`) or halves (`down`) the resolution. With `fused` the
-    filter follows instead, and the two are padded as one."""
+    """A convolution, with a filter in front of it that doubles (`up`) or halves (`down`) the resolution.
+
+    With `fused` the filter follows instead, and the two are padded as one.
+    """
 
     def __init__(self, inputs, outputs, kernel, up=False, down=False, taps=(1, 1), fused=False, tuned=False):
         super().__init__()

@@ -94,6 +94,7 @@ fn check(args: &RaceArgs) -> Result<()> {
 impl Race {
     fn write_files(&self, rows: &[Row]) -> Result<()> {
         let mut names: Vec<&str> = rows.iter().map(Row::files).collect();
+        names.sort_unstable();
         names.dedup();
         let mut command = side::ours(self, "fp32");
         command.arg("--write").arg(names.join(","));

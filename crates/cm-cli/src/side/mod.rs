@@ -8,7 +8,7 @@
 //! | `prepare ROW` | builds what the row needs, in place of the row before |
 //! | `check` | does the row's work once on the files that all sides share, and says what came of it |
 //! | `run N` | does it N times: `{"seconds": …, "items": …}` |
-//! | `memory` | the peak resident memory of this process so far, in bytes |
+//! | `memory` | the most memory that this process has held so far, in bytes |
 //! | `quit` | |
 
 mod files;
@@ -20,6 +20,7 @@ mod work;
 use std::io::BufRead;
 
 use anyhow::{Context, Result, bail};
+use cm_torch::device;
 use serde_json::{Value, json};
 
 use crate::args::SideArgs;
@@ -40,7 +41,7 @@ trait Row {
 
 /// Runs `cm race-side`.
 pub fn side(args: &SideArgs) -> Outcome {
-    cm_torch::device::set_threads(args.threads).or_usage()?;
+    device::set_threads(args.threads).or_usage()?;
     let work = Work::new(args)?;
     if !args.write.is_empty() {
         return Ok(files::write(&work, &args.write)?);
@@ -90,22 +91,14 @@ fn obey(work: &Work, words: &[&str], row: &mut Option<Box<dyn Row>>) -> Result<V
             *row = Some(ready);
             Ok(json!({ "seconds": seconds?, "items": items }))
         }
-        ["memory"] => Ok(json!({ "bytes": peak_memory()? })),
+        ["memory"] => Ok(json!({ "bytes": device::memory(work.device)?.peak_reserved })),
         _ => bail!("{}: no such command", words.join(" ")),
     }
 }
 
-/// The most memory that this process has had resident.
-fn peak_memory() -> Result<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").context("reading /proc/self/status")?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM there")?;
-    let kilobytes: u64 = line.trim().trim_end_matches("kB").trim().parse().context("VmHWM")?;
-    Ok(kilobytes * 1024)
-}
-
 #[cfg(test)]
 mod tests {
-    use cm_torch::device::DeviceSpec;
+    use device::DeviceSpec;
 
     use super::*;
     use crate::args::{RaceDtype, RaceSize};
