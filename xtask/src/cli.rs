@@ -157,6 +157,7 @@ All arguments go to `cm fetch`; `cargo xtask cm fetch --help` lists them.")]
   cargo xtask torture                 200 kills and all faults, some minutes
   cargo xtask torture --quick         24 kills and all faults, about a minute
   cargo xtask torture --kills 1000 --seed 7
+  cargo xtask torture --only 'write errors'
 
 A table at the end, and torture.json in the folder; exit code 1 if anything did not hold, and the runs stay then.")]
     Torture(TortureArgs),
@@ -239,6 +240,9 @@ pub struct TortureArgs {
     /// How many times the run is killed
     #[arg(long, value_name = "N")]
     pub kills: Option<usize>,
+    /// One kind of fault alone, by its name in the table
+    #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(torture::names()))]
+    pub only: Option<String>,
     /// Where the moments of the kills come from
     #[arg(long, value_name = "N", default_value = "1")]
     pub seed: u64,

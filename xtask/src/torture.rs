@@ -4,6 +4,8 @@
 //! run that goes on must end in the bytes of one that nothing befell.
 
 mod faults;
+mod hosts;
+mod injected;
 mod kills;
 mod report;
 mod runs;
@@ -25,6 +27,11 @@ const KILLS: [usize; 2] = [200, 24];
 /// A file in the folder of the suite, by which it is known again.
 const MARK: &str = ".torture";
 
+/// The names of all kinds.
+pub fn names() -> Vec<&'static str> {
+    std::iter::once(kills::NAME).chain(faults::FAULTS.iter().map(|(name, _)| *name)).collect()
+}
+
 /// Builds `cm`, does all of it, and returns 1 if anything did not hold.
 pub fn run(args: &TortureArgs) -> Result<u8> {
     setup::ensure()?;
@@ -44,10 +51,14 @@ pub fn run(args: &TortureArgs) -> Result<u8> {
 
     let began = Instant::now();
     let experiment = tools::workspace_root().join("tests/tiny.toml");
-    let runs = Runs::begin(built("cm")?, place.clone(), &experiment)?;
+    let runs = Runs::begin(built("cm")?, place.clone(), &experiment, args.quick)?;
     println!("torture: a run of {} steps takes {:.1} s here", runs::STEPS, runs.whole_seconds);
-    let mut cases = vec![kills::kills(&runs, kills, args.seed)?];
-    for (name, fault) in faults::FAULTS {
+    let wanted = |name: &str| args.only.as_deref().is_none_or(|only| only == name);
+    let mut cases = Vec::new();
+    if wanted(kills::NAME) {
+        cases.push(kills::kills(&runs, kills, args.seed)?);
+    }
+    for (name, fault) in faults::FAULTS.into_iter().filter(|(name, _)| wanted(name)) {
         cases.push(Case::of(name, || fault(&runs)));
         println!("{}", cases[cases.len() - 1].line());
     }

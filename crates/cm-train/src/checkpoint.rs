@@ -166,16 +166,16 @@ impl Checkpoints {
             let state = State { format: FORMAT, step, images, train: train.clone(), files: records(&temp)? };
             let json = serde_json::to_vec_pretty(&state)
                 .map_err(|e| Error::checkpoint(&temp, format!("{STATE_FILE} cannot be written: {e}")))?;
-            Ok(files::write_atomic(&temp.join(STATE_FILE), |out| out.write_all(&json))?)
+            files::write_atomic(&temp.join(STATE_FILE), |out| out.write_all(&json))?;
+            files::sync_folder(&temp)?;
+            self.set_aside(step)?;
+            fs::rename(&temp, &place).map_err(|e| Error::io(&place, "renaming into place", e))
         });
         if let Err(error) = written {
             // The cause is what the caller has to know; a leftover folder is removed by the next save.
             let _ = remove_tree(&temp);
             return Err(error);
         }
-        files::sync_folder(&temp)?;
-        self.set_aside(step)?;
-        fs::rename(&temp, &place).map_err(|e| Error::io(&place, "renaming into place", e))?;
         files::sync_folder(&self.root)?;
         remove_tree(&self.hidden(step, "old"))?;
         Ok(place)

@@ -14,12 +14,15 @@ use super::runs::{Done, Running, Runs, STEPS, checkpoints, newest_step, steps};
 type Fault = fn(&Runs) -> Result<Outcome>;
 
 /// All of them, by the names of the table.
-pub const FAULTS: [(&str, Fault); 9] = [
+pub const FAULTS: [(&str, Fault); 12] = [
     ("full disk", full_disk),
     ("size limit", size_limit),
+    ("write errors", super::injected::write_errors),
+    ("read errors", super::injected::read_errors),
     ("read-only folder", read_only),
     ("half-deleted run", half_deleted),
     ("two processes", two_processes),
+    ("two hosts", super::hosts::hosts),
     ("clock jumps", clock_jumps),
     ("explosion", explosion),
     ("out of memory", out_of_memory),
@@ -28,27 +31,24 @@ pub const FAULTS: [(&str, Fault); 9] = [
 
 /// A shell that runs `cm` as `"$@"`, with what the script does around it.
 fn under(script: &str, command: &Command) -> Command {
-    let mut shell = Command::new("sh");
-    shell.arg("-c").arg(script).arg("torture").arg(command.get_program()).args(command.get_args());
-    shell.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
-    shell.stdin(std::process::Stdio::null());
-    if let Some(folder) = command.get_current_dir() {
-        shell.current_dir(folder);
-    }
-    shell
+    in_shell("env", &[], script, command)
 }
 
 /// The same with a mount of its own, which any user may make where user namespaces are allowed.
 fn mounted(script: &str, command: &Command) -> Command {
-    let shell = under(script, command);
-    let mut unshare = Command::new("unshare");
-    unshare.arg("-Urm").arg(shell.get_program()).args(shell.get_args());
-    unshare.envs(shell.get_envs().filter_map(|(name, value)| Some((name, value?))));
-    unshare.stdin(std::process::Stdio::null());
-    if let Some(folder) = shell.get_current_dir() {
-        unshare.current_dir(folder);
+    in_shell("unshare", &["-Urm"], script, command)
+}
+
+/// The same below a program that makes a place for it.
+pub fn in_shell(program: &str, options: &[&str], script: &str, command: &Command) -> Command {
+    let mut shell = Command::new(program);
+    shell.args(options).args(["sh", "-c", script, "torture"]).arg(command.get_program());
+    shell.args(command.get_args()).stdin(std::process::Stdio::null());
+    shell.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    if let Some(folder) = command.get_current_dir() {
+        shell.current_dir(folder);
     }
-    unshare
+    shell
 }
 
 /// Why there can be no mount; none if there can.
@@ -286,7 +286,7 @@ fn damaged_bytes(runs: &Runs) -> Result<Outcome> {
 }
 
 /// The step in `resumed at step N`.
-fn resumed_at(stderr: &str) -> Option<u64> {
+pub fn resumed_at(stderr: &str) -> Option<u64> {
     stderr.lines().find_map(|line| line.strip_prefix("resumed at step ")?.parse().ok())
 }
 
@@ -313,7 +313,7 @@ fn folder_bytes(folder: &Path) -> Result<u64> {
     Ok(listing(folder)?.iter().map(|(_, bytes)| bytes).sum())
 }
 
-fn copy(from: &Path, to: &Path) -> Result<()> {
+pub fn copy(from: &Path, to: &Path) -> Result<()> {
     for (name, _) in listing(from)? {
         let target = to.join(&name);
         if let Some(folder) = target.parent() {

@@ -9,13 +9,16 @@ use anyhow::{Result, ensure};
 use super::report::{Bar, Case, Outcome};
 use super::runs::{Running, Runs, checkpoints, newest_step};
 
+/// Its name in the table.
+pub const NAME: &str = "kill -9";
+
 /// Kills the run again and again, each time at another moment, until there were `count` kills; every time it reaches
 /// its end, it is held against the undisturbed run, and another begins.
 pub fn kills(runs: &Runs, count: usize, seed: u64) -> Result<Case> {
     let mut killer =
         Killer { runs, random: Random(seed), name: "killed-0".to_owned(), rounds: 0, kills: 0, torn: 0 };
     let mut bar = Bar::new("kills", count);
-    let case = Case::of("kill -9", || {
+    let case = Case::of(NAME, || {
         while killer.kills < count {
             killer.session()?;
             bar.set(killer.kills, &format!("{} runs ended in the same bytes", killer.rounds));
