@@ -263,9 +263,9 @@ mod tests {
             .collect()
     }
 
-    /// In units of the reference's largest number.
+    /// In units of the reference's largest number, or of 1 if all are smaller.
     fn apart(a: &Tensor, b: &Tensor) -> f64 {
-        let scale = b.abs().max().double_value(&[]).max(1e-3);
+        let scale = b.abs().max().double_value(&[]).max(1.0);
         (a - b).abs().max().double_value(&[]) / scale
     }
 
@@ -281,8 +281,8 @@ mod tests {
                 let want = run(&double, (Kind::Double, false, modulated, added, silu), false);
                 for (i, (got, want)) in got.iter().zip(&want).enumerate() {
                     let apart = apart(got, want);
-                    // The gradient of x of a single pixel and channel is 0 but for rounding.
-                    let most = if shape == [1, 4, 1, 1] { 3e-2 } else { 5e-5 };
+                    // A single number in each group is its own mean: rounding, times 1/√eps, is all that its gradient is.
+                    let most = if shape == [1, 4, 1, 1] { 1e-3 } else { 5e-5 };
                     assert!(apart < most, "{shape:?} {bits} output {i}: {apart}");
                 }
             }

@@ -112,10 +112,11 @@ fn ratio(work: &mut dyn FnMut()) -> f64 {
 }
 
 fn main() -> ExitCode {
-    let bf16 = Compute { autocast: Some(Kind::BFloat16), channels_last: true, ..Compute::default() };
+    let fp32 = Compute { channels_last: true, ..Compute::default() };
+    let bf16 = Compute { autocast: Some(Kind::BFloat16), ..fp32 };
     let (digits, emoji) = (spec(8, 1, &[1, 2]), spec(32, 3, &[1, 2, 2]));
     let mut rows: [(&str, Box<dyn FnMut()>); 3] = [
-        ("training step, 8×8, batch 128, float32", Box::new(training(&digits, 128, Compute::default()))),
+        ("training step, 8×8, batch 128, float32", Box::new(training(&digits, 128, fp32))),
         ("training step, 32×32, batch 16, bfloat16", Box::new(training(&emoji, 16, bf16))),
         ("one-step sampling, 32×32, batch 1, bfloat16", Box::new(sampling(&emoji, bf16))),
     ];

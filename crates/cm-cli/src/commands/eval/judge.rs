@@ -5,10 +5,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use cm_data::{Batch, Dataset, digest};
 use cm_eval::{Classifier, ClassifierSpec, FeatureNet};
+use cm_model::Bundle;
 use cm_net::Inception;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
+use super::cache::digest_of;
 use super::input::dims;
 use crate::args::EvalArgs;
 use crate::ranks::Ranks;
@@ -99,7 +101,8 @@ impl Judge {
         let (net, about) = Classifier::load(file, shape)?;
         let about = serde_json::from_str(&about)
             .with_context(|| format!("{}: what it says about itself cannot be read", file.display()))?;
-        let weights = digest::of_file(file)?;
+        // Of the numbers: two files of the same may have their texts in another order.
+        let weights = digest_of(&Bundle::read(file)?.tensors);
         Ok(Self { name: "classifier", net: Box::new(net), weights, classifier: Some(about) })
     }
 }
