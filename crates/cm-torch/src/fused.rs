@@ -42,7 +42,6 @@ impl Norm<'_> {
     ///
     /// # Panics
     /// As libtorch's operations do: for shapes that do not fit one another.
-    #[must_use]
     pub fn forward(&self, x: &Tensor) -> Tensor {
         let (scale, shift) = self.modulate.unzip();
         let parts = shim::NormParts {
@@ -66,7 +65,6 @@ impl Norm<'_> {
     }
 
     /// The same by libtorch's operations, one after the other.
-    #[must_use]
     pub fn composed(&self, x: &Tensor) -> Tensor {
         let kind = x.kind();
         let column = |t: &Tensor| t.to_kind(kind).unsqueeze(-1).unsqueeze(-1);
@@ -95,7 +93,6 @@ impl Norm<'_> {
 ///
 /// # Panics
 /// As libtorch's operations do: for shapes that do not fit one another.
-#[must_use]
 pub fn scaled_sum(a: &Tensor, b: &Tensor, scale: f64) -> Tensor {
     if scale == 1.0 {
         return a + b;

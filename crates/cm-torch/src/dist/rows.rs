@@ -117,8 +117,8 @@ impl ProcessGroup {
         self.in_parts(row.len(), |place, own, all| {
             row.read(place(self.rank()), own)?;
             self.exchange(what, own, |group| group.all_gather(own, all))?;
-            let others = (0..self.size()).filter(|&rank| rank != self.rank());
-            others.map(|rank| row.write(place(rank), &part_of(all, rank, self.size())?)).collect()
+            let mut others = (0..self.size()).filter(|&rank| rank != self.rank());
+            others.try_for_each(|rank| row.write(place(rank), &part_of(all, rank, self.size())?))
         })
     }
 
@@ -141,7 +141,7 @@ impl ProcessGroup {
             own.read(relative(place(self.rank()), start), flat)?;
             self.exchange(what, flat, |group| group.gather(flat, whole.map(|_| all), root))?;
             let Some(whole) = whole else { return Ok(()) };
-            (0..self.size()).map(|rank| whole.write(place(rank), &part_of(all, rank, self.size())?)).collect()
+            (0..self.size()).try_for_each(|rank| whole.write(place(rank), &part_of(all, rank, self.size())?))
         })
     }
 
