@@ -19,6 +19,9 @@ const NETWORKS: [(&str, i64); 2] = [("digits_0.7M", 700_000), ("cifar10_56M", 56
 const TENSORS: i64 = 250;
 
 /// Processor time of this process so far.
+/// An exchange of tensors with the other ranks.
+type Way = fn(&ProcessGroup, &[Tensor]);
+
 fn processor_time() -> Duration {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the call fills in the structure, which lives through it.
@@ -70,7 +73,7 @@ fn exchange(criterion: &mut Criterion) {
     let gather = |group: &ProcessGroup, tensors: &[Tensor]| {
         group.all_gather_row("weights", &Row::of(tensors).expect("no gaps")).expect("ranks live");
     };
-    let ways: [(&str, fn(&ProcessGroup, &[Tensor])); 2] = [("gradients", add_up), ("weights", gather)];
+    let ways: [(&str, Way); 2] = [("gradients", add_up), ("weights", gather)];
     for (name, numbers) in NETWORKS {
         group.throughput(Throughput::Bytes(4 * numbers as u64));
         for ranks in [2, 4] {

@@ -20,6 +20,9 @@ use tch::{Device, Kind, Tensor};
 
 type Model = Preconditioned<Box<dyn Backbone + Send>, Boundary>;
 
+/// What is computed, in words and as work.
+type Row = (&'static str, Box<dyn FnMut()>);
+
 /// Pairs of measurements of a row.
 const PAIRS: usize = 9;
 /// The share of a recorded ratio that must be left.
@@ -115,7 +118,7 @@ fn main() -> ExitCode {
     let fp32 = Compute { channels_last: true, ..Compute::default() };
     let bf16 = Compute { autocast: Some(Kind::BFloat16), ..fp32 };
     let (digits, emoji) = (spec(8, 1, &[1, 2]), spec(32, 3, &[1, 2, 2]));
-    let mut rows: [(&str, Box<dyn FnMut()>); 3] = [
+    let mut rows: [Row; 3] = [
         ("training step, 8×8, batch 128, float32", Box::new(training(&digits, 128, fp32))),
         ("training step, 32×32, batch 16, bfloat16", Box::new(training(&emoji, 16, bf16))),
         ("one-step sampling, 32×32, batch 1, bfloat16", Box::new(sampling(&emoji, bf16))),

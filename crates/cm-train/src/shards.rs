@@ -79,7 +79,7 @@ impl Shard {
                 Some(like.collect::<Result<Vec<_>>>()?)
             }
         };
-        let row = whole.as_ref().map(|whole| Row::of(whole)).transpose()?;
+        let row = whole.as_ref().map(Row::of).transpose()?;
         self.group.gather_row(what, self.row.len(), &Row::of(own)?, row.as_ref(), 0)?;
         Ok(whole)
     }
