@@ -18,10 +18,10 @@ use cm_torch::tch::{Device, Kind, Tensor};
 const NETWORKS: [(&str, i64); 2] = [("digits_0.7M", 700_000), ("cifar10_56M", 56_395_523)];
 const TENSORS: i64 = 250;
 
-/// Processor time of this process so far.
 /// An exchange of tensors with the other ranks.
 type Way = fn(&ProcessGroup, &[Tensor]);
 
+/// Processor time of this process so far.
 fn processor_time() -> Duration {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the call fills in the structure, which lives through it.
@@ -30,7 +30,7 @@ fn processor_time() -> Duration {
 }
 
 /// The time of `times` exchanges; each rank is a thread.
-fn timed(ranks: usize, times: u64, numbers: i64, exchange: fn(&ProcessGroup, &[Tensor])) -> Duration {
+fn timed(ranks: usize, times: u64, numbers: i64, exchange: Way) -> Duration {
     let port =
         TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a port").port();
     let one = |rank: usize| {

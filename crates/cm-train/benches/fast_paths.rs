@@ -21,7 +21,7 @@ use tch::{Device, Kind, Tensor};
 type Model = Preconditioned<Box<dyn Backbone + Send>, Boundary>;
 
 /// What is computed, in words and as work.
-type Row = (&'static str, Box<dyn FnMut()>);
+type Row<'a> = (&'static str, Box<dyn FnMut() + 'a>);
 
 /// Pairs of measurements of a row.
 const PAIRS: usize = 9;
@@ -118,7 +118,7 @@ fn main() -> ExitCode {
     let fp32 = Compute { channels_last: true, ..Compute::default() };
     let bf16 = Compute { autocast: Some(Kind::BFloat16), ..fp32 };
     let (digits, emoji) = (spec(8, 1, &[1, 2]), spec(32, 3, &[1, 2, 2]));
-    let mut rows: [Row; 3] = [
+    let mut rows: [Row<'_>; 3] = [
         ("training step, 8×8, batch 128, float32", Box::new(training(&digits, 128, fp32))),
         ("training step, 32×32, batch 16, bfloat16", Box::new(training(&emoji, 16, bf16))),
         ("one-step sampling, 32×32, batch 1, bfloat16", Box::new(sampling(&emoji, bf16))),
