@@ -149,11 +149,17 @@ struct Moments {
 template <typename T>
 void moments(const Norm& norm, const T* x, const Moments& out) {
   const ImageOrder& l = norm.layout;
-  // Sums of differences to the first pixel: no digits are lost where the mean is far from 0.
+  // Sums of differences to the mean of a few pixels: no digits are lost where the mean is far from 0.
   std::vector<float> k(l.n * l.c);
+  const int64_t few = std::min<int64_t>(l.p, 8);
   for (int64_t n = 0; n < l.n; ++n) {
     for (int64_t c = 0; c < l.c; ++c) {
-      k[l.at(n, c)] = load(x + n * l.c * l.p + (l.last ? c : c * l.p));
+      float sum = 0.0f;
+      for (int64_t i = 0; i < few; ++i) {
+        const int64_t p = (2 * i + 1) * l.p / (2 * few);
+        sum += load(x + n * l.c * l.p + (l.last ? p * l.c + c : c * l.p + p));
+      }
+      k[l.at(n, c)] = sum / static_cast<float>(few);
     }
   }
   const auto sums = sums_of<T, kMoments, false>(l, x, nullptr, k.data(), nullptr, nullptr);
@@ -173,11 +179,10 @@ void moments(const Norm& norm, const T* x, const Moments& out) {
         const double apart = k[i] + sums[2 * i] / pixels + norm.added(n, c) - mean;
         square += sums[2 * i + 1] - sums[2 * i] * sums[2 * i] / pixels + pixels * apart * apart;
       }
-      const double variance = std::max(square, 0.0) / (pixels * static_cast<double>(d));
+      // Rounding can leave a little less than 0; NaN is no less, and stays.
+      const double variance = (square < 0.0 ? 0.0 : square) / (pixels * static_cast<double>(d));
       out.mean[n * norm.groups + g] = static_cast<float>(mean);
-      // max() would turn NaN into 0.
-      out.rstd[n * norm.groups + g] =
-          static_cast<float>(1.0 / std::sqrt((square == square ? variance : square) + norm.eps));
+      out.rstd[n * norm.groups + g] = static_cast<float>(1.0 / std::sqrt(variance + norm.eps));
     }
   }
 }

@@ -70,7 +70,8 @@ std::optional<c10::TypedOperatorHandle<Pointwise>> pointwise() {
 }
 
 bool of_cpu(const at::Tensor& t) {
-  return t.is_cpu() && t.layout() == at::kStrided && t.scalar_type() == at::kFloat && !t.is_inference();
+  return t.is_cpu() && t.layout() == at::kStrided && t.scalar_type() == at::kFloat && !t.is_inference() &&
+      !t._fw_grad(/*level=*/0).defined();
 }
 
 } // namespace
@@ -99,7 +100,7 @@ char* cm_packed_conv(
     *y = nullptr;
     const auto type = static_cast<at::ScalarType>(dtype);
     if (at::GradMode::is_enabled() || !at::hasMKLDNN() || !pointwise().has_value() || !x->is_cpu() ||
-        x->numel() == 0 || !x->is_contiguous(at::MemoryFormat::ChannelsLast) || !of_cpu(*weight) || !of_cpu(*bias) ||
+        (type != at::kFloat && type != at::kBFloat16) || x->_fw_grad(/*level=*/0).defined() || x->numel() == 0 || !x->is_contiguous(at::MemoryFormat::ChannelsLast) || !of_cpu(*weight) || !of_cpu(*bias) ||
         (x->scalar_type() != at::kFloat && x->scalar_type() != at::kBFloat16)) {
       return;
     }
@@ -109,11 +110,14 @@ char* cm_packed_conv(
     auto& p = *static_cast<PackedConv*>(packed);
     const bool known = p.weight.defined() && p.weight.scalar_type() == type;
     if (!known || !p.weight_at.is(*weight) || !p.bias_at.is(*bias)) {
+      const auto dense = weight->to(type).to_mkldnn();
+      const auto packed = at::mkldnn_reorder_conv2d_weight(dense, pad, step, one, 1, input.sizes());
+      const auto packed_bias = bias->to(type);
+      // Behind all that can throw: nothing old is ever taken for new.
       p.weight_at.take(*weight);
       p.bias_at.take(*bias);
-      const auto dense = weight->to(type).to_mkldnn();
-      p.weight = at::mkldnn_reorder_conv2d_weight(dense, pad, step, one, 1, input.sizes());
-      p.bias = bias->to(type);
+      p.weight = packed;
+      p.bias = packed_bias;
     }
     *y = new at::Tensor(
         pointwise()->call(input, p.weight, p.bias, pad, step, one, 1, "none", c10::List<std::optional<at::Scalar>>(), std::nullopt));

@@ -126,6 +126,7 @@ struct Recomputed final : torch::autograd::Node {
   }
 
   variable_list apply(variable_list&& grads) override {
+    TORCH_CHECK(!at::GradMode::is_enabled(), "a part that is computed again cannot be differentiated twice");
     TORCH_CHECK(closure != nullptr, "a part that is computed again in the backward pass goes backward once");
     variable_list result(inputs.size());
     if (!grads.at(0).defined()) {
@@ -187,6 +188,11 @@ char* cm_recompute(
     std::vector<at::Tensor> list;
     for (size_t i = 0; i < n; ++i) {
       list.push_back(*inputs[i]);
+    }
+    if (at::GradMode::is_enabled() && !torch::autograd::any_variable_requires_grad(list)) {
+      // The graph has no place to begin at here: its weights keep what they need.
+      *out = new at::Tensor((*closure)(list));
+      return;
     }
     Setting setting = Setting::now(list.at(0).device());
     at::Tensor output;

@@ -138,11 +138,12 @@ impl Drop for Plain {
 /// While it lives, convolutions on this thread keep their weights prepared: cast, and in the order that the CPU's kernels
 /// read. For passes without gradients, many of them with the same weights.
 ///
-/// Weights that change in between are prepared anew, so that nothing but time and memory (as much again as the weights
-/// take in the dtype of the pass) depends on it. Memory order must be channels-last; elsewhere, and on other devices,
-/// nothing changes.
+/// Weights that change in between, by libtorch's operations or by [`crate::optim`], are prepared anew, so that nothing but
+/// time and memory depends on it. The prepared ones stay with their convolution behind the region too, for the next: as
+/// much memory again as the weights take in the dtype of the pass. Memory order must be channels-last; elsewhere, and on
+/// other devices, nothing changes.
 #[derive(Debug)]
-#[must_use = "weights are kept prepared only as long as this value lives"]
+#[must_use = "convolutions prepare their weights only as long as this value lives"]
 pub struct Packing {
     before: Option<Kind>,
     /// It belongs to the thread that made it.

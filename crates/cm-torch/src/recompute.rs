@@ -70,6 +70,7 @@ pub fn part<const N: usize>(
     if !ON.get() || !shim::recompute::grad_enabled() {
         return compute(inputs);
     }
+    PANIC.set(None);
     let rows = rng::window_now();
     let compute = move |inputs: Vec<Tensor>| {
         let _rows = rng::Rows::again(rows);
@@ -99,6 +100,8 @@ pub fn part<const N: usize>(
 /// # Errors
 /// What libtorch refuses, memory among it.
 pub fn backward(loss: &Tensor) -> Result<()> {
+    // What an earlier pass left that somebody else began.
+    PANIC.set(None);
     let result = loss.f_backward();
     if result.is_err() {
         go_on_with_panic();

@@ -78,6 +78,13 @@ pub fn run(args: RaceArgs) -> Result<u8> {
 }
 
 fn check(args: &RaceArgs) -> Result<()> {
+    if args.pairs == 0 || !(args.seconds > 0.0 && args.seconds.is_finite()) {
+        bail!(
+            "--pairs {} --seconds {}: expected at least one round, and a positive number",
+            args.pairs,
+            args.seconds
+        );
+    }
     if args.publish && args.pairs < rows::PAIRS {
         bail!(
             "--publish with --pairs {}: a published ratio is the median of {} or more",

@@ -140,7 +140,11 @@ pub fn sampling(model: &str, args: &EvalArgs) -> Result<SampleArgs> {
     if let Some(word) = given().find(|w| OUTPUTS.iter().any(|o| w.starts_with(o))) {
         bail!("--sample '{words}': {word} changes nothing here, where images are measured and not kept");
     }
-    let own = [("--seeds", "give --seeds to cm eval"), ("--batch", "give --batch to cm eval")];
+    let own = [
+        ("--seeds", "give --seeds to cm eval"),
+        ("--batch", "give --batch to cm eval"),
+        ("--device", "give --device to cm eval"),
+    ];
     if let Some((word, instead)) = own.iter().find(|(o, _)| given().any(|w| w.starts_with(o))) {
         bail!("--sample '{words}': {word} is an option of its own here; {instead}");
     }
