@@ -73,7 +73,8 @@ inline float sigmoid(float z) {
   const float shifted = t * 1.44269504088896341f + 12582912.0f;
   const float n = shifted - 12582912.0f;
   const float r = (t - n * 0.693359375f) - n * -2.12194440e-4f;
-  float p = 1.0f / 720.0f;
+  float p = 1.0f / 5040.0f;
+  p = p * r + 1.0f / 720.0f;
   p = p * r + 1.0f / 120.0f;
   p = p * r + 1.0f / 24.0f;
   p = p * r + 1.0f / 6.0f;
