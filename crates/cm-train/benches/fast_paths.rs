@@ -28,7 +28,7 @@ const PAIRS: usize = 9;
 /// The share of a recorded ratio that must be left.
 const LEFT: f64 = 2.0 / 3.0;
 /// On two cores of a Xeon with AMX, calm, 26 November 2026.
-const RECORDED: [f64; 3] = [1.0, 1.0, 1.0];
+const RECORDED: [f64; 3] = [1.37, 1.78, 1.99];
 
 fn spec(size: i64, channels: i64, mult: &[i64]) -> SongUnetSpec {
     SongUnetSpec {
@@ -123,6 +123,8 @@ fn main() -> ExitCode {
         ("training step, 32×32, batch 16, bfloat16", Box::new(training(&emoji, 16, bf16))),
         ("one-step sampling, 32×32, batch 1, bfloat16", Box::new(sampling(&emoji, bf16))),
     ];
+    // Elsewhere convolutions in bfloat16 take so long that nothing beside them shows.
+    let known = std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| text.contains("amx_bf16"));
     let mut code = ExitCode::SUCCESS;
     for ((name, work), recorded) in rows.iter_mut().zip(RECORDED) {
         let least = recorded * LEFT;
@@ -130,9 +132,14 @@ fn main() -> ExitCode {
         if found < least {
             found = ratio(work);
         }
-        let word = if found < least { "TOO SLOW" } else { "holds" };
+        let too_slow = found < least && (known || !name.ends_with("bfloat16"));
+        let word = match (too_slow, found < least) {
+            (true, _) => "TOO SLOW",
+            (false, true) => "not held: recorded with AMX",
+            (false, false) => "holds",
+        };
         println!("{name:<46} {found:.2} × plain, recorded {recorded:.2}, at least {least:.2}  {word}");
-        if found < least {
+        if too_slow {
             code = ExitCode::FAILURE;
         }
     }
