@@ -5,7 +5,7 @@ use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::{setup, tools};
 
@@ -85,6 +85,16 @@ fn selects_packages(args: &[OsString]) -> bool {
                 .iter()
                 .any(|flag| arg == *flag || arg.strip_prefix(flag).is_some_and(|rest| rest.starts_with('=')))
     })
+}
+
+/// Sets libtorch up, builds the program `cm` as it stands, and says where it lies.
+pub fn build_cm() -> Result<PathBuf> {
+    setup::ensure()?;
+    let status = status_of(&mut cargo(&["build", "--release", "--workspace", "--bin", "cm"]))?;
+    if !status.success() {
+        bail!("cm could not be built (exit code {}): see above", code_of(status));
+    }
+    built("cm")
 }
 
 /// Runs a command to its end.

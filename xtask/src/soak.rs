@@ -11,11 +11,9 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
 
 use crate::cli::SoakArgs;
-use crate::runner::{built, cargo, code_of, status_of};
-use crate::{setup, tools};
+use crate::runner::build_cm;
+use crate::tools;
 
-/// A file in the folder of the soak, by which it is known again.
-const MARK: &str = ".soak";
 /// Linux counts processor time for programs in hundredths of a second on every machine.
 const TICKS: f64 = 100.0;
 /// The share at the beginning that is no part of the verdict: allocators and caches fill.
@@ -48,20 +46,9 @@ pub fn run(args: &SoakArgs) -> Result<u8> {
         args.hours
     );
     ensure!(Path::new("/proc/self/status").exists(), "a soak is watched through /proc, which only Linux has");
-    setup::ensure()?;
-    let status = status_of(&mut cargo(&["build", "--release", "--workspace", "--bin", "cm"]))?;
-    if !status.success() {
-        return Ok(code_of(status));
-    }
-    let out = std::path::absolute(&args.out).context("the folder --out")?;
-    if out.exists() && !out.join(MARK).is_file() {
-        bail!("{}: it is there and is no folder of this command; choose another --out", out.display());
-    }
-    drop(fs::remove_dir_all(&out));
-    fs::create_dir_all(&out).with_context(|| format!("cannot make {}", out.display()))?;
-    fs::write(out.join(MARK), "This folder is replaced by the next `cargo xtask soak`.\n")?;
-
-    let mut child = Soaked(start(args, &out)?);
+    let cm = build_cm()?;
+    let out = tools::own_folder(&args.out, "soak")?;
+    let mut child = Soaked(start(&cm, args, &out)?);
     let looks = watch(&mut child.0, &out, args.hours * 3600.0)?;
     let code = child.stop()?;
     ensure!(
@@ -77,8 +64,8 @@ pub fn run(args: &SoakArgs) -> Result<u8> {
 }
 
 /// Begins the run, with checkpoints and samples every few hundred steps and no end of its own.
-fn start(args: &SoakArgs, out: &Path) -> Result<Child> {
-    let mut command = std::process::Command::new(built("cm")?);
+fn start(cm: &Path, args: &SoakArgs, out: &Path) -> Result<Child> {
+    let mut command = std::process::Command::new(cm);
     command
         .current_dir(tools::workspace_root())
         .args(["train", "--config", &args.config, "--out"])

@@ -22,6 +22,22 @@ pub fn workspace_root() -> PathBuf {
     package.parent().map_or_else(|| PathBuf::from("."), Path::to_path_buf)
 }
 
+/// An empty folder at `out` for what `cargo xtask COMMAND` makes: a new one, or one that it made before and empties now.
+/// Any other folder stays as it is, and is an error.
+pub fn own_folder(out: &Path, command: &str) -> Result<PathBuf> {
+    let out = std::path::absolute(out).context("the folder --out")?;
+    let mark = out.join(format!(".{command}"));
+    if out.exists() {
+        if !mark.is_file() {
+            bail!("{}: it is there and is no folder of this command; choose another --out", out.display());
+        }
+        fs::remove_dir_all(&out).with_context(|| format!("cannot empty {}", out.display()))?;
+    }
+    fs::create_dir_all(&out).with_context(|| format!("cannot make {}", out.display()))?;
+    fs::write(&mark, format!("This folder is replaced by the next `cargo xtask {command}`.\n"))?;
+    Ok(out)
+}
+
 /// Finds a program as the shell would.
 pub fn find_program(name: impl AsRef<OsStr>) -> Option<PathBuf> {
     find_in(name.as_ref(), env::var_os("PATH").as_deref())

@@ -13,19 +13,17 @@ mod runs;
 use std::fs;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 use crate::cli::TortureArgs;
-use crate::runner::{built, cargo, code_of, status_of};
-use crate::{setup, tools};
+use crate::runner::build_cm;
+use crate::tools;
 
 use report::{Case, Outcome};
 use runs::Runs;
 
 /// Kills of the whole suite and of the quick one.
 const KILLS: [usize; 2] = [200, 24];
-/// A file in the folder of the suite, by which it is known again.
-const MARK: &str = ".torture";
 
 /// The names of all kinds.
 pub fn names() -> Vec<&'static str> {
@@ -34,24 +32,15 @@ pub fn names() -> Vec<&'static str> {
 
 /// Builds `cm`, does all of it, and returns 1 if anything did not hold.
 pub fn run(args: &TortureArgs) -> Result<u8> {
-    setup::ensure()?;
-    let status = status_of(&mut cargo(&["build", "--release", "--workspace", "--bin", "cm"]))?;
-    if !status.success() {
-        return Ok(code_of(status));
-    }
-    let out = std::path::absolute(&args.out).context("the folder --out")?;
-    if out.exists() && !out.join(MARK).is_file() {
-        bail!("{}: it is there and is no folder of this command; choose another --out", out.display());
-    }
-    drop(fs::remove_dir_all(out.join("runs")));
+    let cm = build_cm()?;
+    let out = tools::own_folder(&args.out, "torture")?;
     let place = out.join("runs");
-    fs::create_dir_all(&place).with_context(|| format!("cannot make {}", place.display()))?;
-    fs::write(out.join(MARK), "This folder is replaced by the next `cargo xtask torture`.\n")?;
+    fs::create_dir(&place).with_context(|| format!("cannot make {}", place.display()))?;
     let kills = args.kills.unwrap_or(KILLS[usize::from(args.quick)]);
 
     let began = Instant::now();
     let experiment = tools::workspace_root().join("tests/tiny.toml");
-    let runs = Runs::begin(built("cm")?, place.clone(), &experiment, args.quick)?;
+    let runs = Runs::begin(cm, place.clone(), &experiment, args.quick)?;
     println!("torture: a run of {} steps takes {:.1} s here", runs::STEPS, runs.whole_seconds);
     let wanted = |name: &str| args.only.as_deref().is_none_or(|only| only == name);
     let mut cases = Vec::new();

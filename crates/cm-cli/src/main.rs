@@ -30,7 +30,7 @@ use clap::Parser;
 
 fn main() -> ExitCode {
     let command = Cli::parse().command;
-    cm_torch::device::keep_memory();
+    keep_memory();
     std::panic::set_hook(Box::new(|panic| eprintln!("error: {}", exit::panic_line(panic))));
     match std::panic::catch_unwind(|| run(&command)) {
         Ok(Ok(())) => ExitCode::SUCCESS,
@@ -41,6 +41,14 @@ fn main() -> ExitCode {
             failure.code()
         }
         Err(_) => ExitCode::FAILURE,
+    }
+}
+
+/// A command computes until it ends, so freed memory stays with it, unless the user has settings of their own.
+fn keep_memory() {
+    let settings = ["MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES"];
+    if settings.iter().all(|name| std::env::var_os(name).is_none()) {
+        cm_torch::device::keep_memory();
     }
 }
 

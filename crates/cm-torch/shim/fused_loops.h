@@ -113,6 +113,17 @@ struct Affine {
 // Two sums over the pixels of a piece, for each channel.
 enum Sums { kMoments, kBackward };
 
+// The gradient in front of the activation: d silu(z)/dz = s(1 + z(1 - s)) with s = sigmoid(z).
+template <bool silu>
+inline float dz_of(float x, float dy, float a, float b) {
+  if (!silu) {
+    return dy;
+  }
+  const float z = a * x + b;
+  const float s = sigmoid(z);
+  return dy * (s * (1.0f + z * (1.0f - s)));
+}
+
 // Moments: sum(x - k) and sum((x - k)^2). Backward: sum(dz) and sum(dz * (x - k)).
 template <Sums kind, bool silu>
 inline void add_to(float x, float dy, float k, float a, float b, float& first, float& second) {
@@ -122,12 +133,7 @@ inline void add_to(float x, float dy, float k, float a, float b, float& first, f
     second += centred * centred;
     return;
   }
-  float dz = dy;
-  if (silu) {
-    const float z = a * x + b;
-    const float s = sigmoid(z);
-    dz = dy * (s * (1.0f + z * (1.0f - s)));
-  }
+  const float dz = dz_of<silu>(x, dy, a, b);
   first += dz;
   second += dz * centred;
 }
@@ -219,13 +225,7 @@ inline float forward_of(float x, float a, float b) {
 
 template <bool silu>
 inline float backward_of(float x, float dy, float a, float b, float e, float f) {
-  float dz = dy;
-  if (silu) {
-    const float z = a * x + b;
-    const float s = sigmoid(z);
-    dz = dy * (s * (1.0f + z * (1.0f - s)));
-  }
-  return a * dz + (e * x + f);
+  return a * dz_of<silu>(x, dy, a, b) + (e * x + f);
 }
 
 template <typename T, bool backward, bool silu>

@@ -43,6 +43,30 @@ struct Moment {
 struct PackedConv {
   Moment weight_at, bias_at;
   at::Tensor weight, bias;
+  // A dtype that could not be packed, as bfloat16 on processors without it: it is not tried again.
+  std::optional<at::ScalarType> refused;
+
+  bool holds(const at::Tensor& w, const at::Tensor& b, at::ScalarType type) const {
+    return weight.defined() && weight.scalar_type() == type && weight_at.is(w) && bias_at.is(b);
+  }
+
+  void pack(
+      const at::Tensor& w,
+      const at::Tensor& b,
+      at::ScalarType type,
+      at::IntArrayRef padding,
+      at::IntArrayRef stride,
+      at::IntArrayRef input) {
+    const int64_t one[] = {1, 1};
+    const auto dense = w.to(type).to_mkldnn();
+    const auto packed = at::mkldnn_reorder_conv2d_weight(dense, padding, stride, one, 1, input);
+    const auto packed_bias = b.to(type);
+    // Behind all that can throw: nothing old is ever taken for new.
+    weight_at.take(w);
+    bias_at.take(b);
+    weight = packed;
+    bias = packed_bias;
+  }
 };
 
 using Pointwise = at::Tensor(
@@ -69,6 +93,16 @@ std::optional<c10::TypedOperatorHandle<Pointwise>> pointwise() {
   return found;
 }
 
+bool float_type(at::ScalarType type) {
+  return type == at::kFloat || type == at::kBFloat16;
+}
+
+// An image that the kernel reads as it is.
+bool readable(const at::Tensor& x) {
+  return x.is_cpu() && float_type(x.scalar_type()) && x.numel() > 0 &&
+      x.is_contiguous(at::MemoryFormat::ChannelsLast) && !x._fw_grad(/*level=*/0).defined();
+}
+
 bool of_cpu(const at::Tensor& t) {
   return t.is_cpu() && t.layout() == at::kStrided && t.scalar_type() == at::kFloat && !t.is_inference() &&
       !t._fw_grad(/*level=*/0).defined();
@@ -77,6 +111,11 @@ bool of_cpu(const at::Tensor& t) {
 } // namespace
 
 extern "C" {
+
+// Counts a change that libtorch has not seen.
+void cm_bump_version(cm_tensor tensor) {
+  tensor->unsafeGetTensorImpl()->bump_version();
+}
 
 void* cm_packed_conv_new() {
   return new PackedConv;
@@ -99,28 +138,25 @@ char* cm_packed_conv(
   return cm_guard([&] {
     *y = nullptr;
     const auto type = static_cast<at::ScalarType>(dtype);
-    if (at::GradMode::is_enabled() || !at::hasMKLDNN() || !pointwise().has_value() || !x->is_cpu() ||
-        (type != at::kFloat && type != at::kBFloat16) || x->_fw_grad(/*level=*/0).defined() || x->numel() == 0 || !x->is_contiguous(at::MemoryFormat::ChannelsLast) || !of_cpu(*weight) || !of_cpu(*bias) ||
-        (x->scalar_type() != at::kFloat && x->scalar_type() != at::kBFloat16)) {
+    auto& p = *static_cast<PackedConv*>(packed);
+    if (at::GradMode::is_enabled() || !at::hasMKLDNN() || !pointwise().has_value() || !float_type(type) ||
+        p.refused == type || !readable(*x) || !of_cpu(*weight) || !of_cpu(*bias)) {
       return;
     }
     at::AutoDispatchBelowADInplaceOrView below;
     const auto input = x->to(type);
     const int64_t pad[] = {padding, padding}, step[] = {stride, stride}, one[] = {1, 1};
-    auto& p = *static_cast<PackedConv*>(packed);
-    const bool known = p.weight.defined() && p.weight.scalar_type() == type;
-    if (!known || !p.weight_at.is(*weight) || !p.bias_at.is(*bias)) {
-      const auto dense = weight->to(type).to_mkldnn();
-      const auto packed = at::mkldnn_reorder_conv2d_weight(dense, pad, step, one, 1, input.sizes());
-      const auto packed_bias = bias->to(type);
-      // Behind all that can throw: nothing old is ever taken for new.
-      p.weight_at.take(*weight);
-      p.bias_at.take(*bias);
-      p.weight = packed;
-      p.bias = packed_bias;
+    if (!p.holds(*weight, *bias, type)) {
+      try {
+        p.pack(*weight, *bias, type, pad, step, input.sizes());
+      } catch (const c10::Error&) {
+        p.refused = type;
+        return;
+      }
     }
+    const c10::List<std::optional<at::Scalar>> no_scalars;
     *y = new at::Tensor(
-        pointwise()->call(input, p.weight, p.bias, pad, step, one, 1, "none", c10::List<std::optional<at::Scalar>>(), std::nullopt));
+        pointwise()->call(input, p.weight, p.bias, pad, step, one, 1, "none", no_scalars, std::nullopt));
   });
 }
 

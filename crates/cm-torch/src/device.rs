@@ -276,13 +276,9 @@ fn driver_models(folder: &Path) -> Vec<String> {
 /// Lets the C library keep memory that tensors gave back, for the next ones, instead of returning it to the system.
 ///
 /// For programs that compute again and again, as in a training loop or a sampling service: the process then stays as large
-/// as it once was. It concerns the whole process, so no library calls it. Elsewhere than on Linux with glibc, and where the
-/// environment sets `MALLOC_TRIM_THRESHOLD_` or `GLIBC_TUNABLES`, nothing changes.
+/// as it once was. It concerns the whole process, so no library calls it. Without glibc nothing changes.
 pub fn keep_memory() {
-    let set = |name: &str| std::env::var_os(name).is_some();
-    if !set("MALLOC_TRIM_THRESHOLD_") && !set("GLIBC_TUNABLES") {
-        shim::keep_memory();
-    }
+    shim::keep_memory();
 }
 
 /// Threads that one libtorch operation uses on the CPU.

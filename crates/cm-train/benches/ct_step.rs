@@ -18,17 +18,16 @@
 use std::hint::black_box;
 use std::time::Duration;
 
-use cm_model::{Backbone, Compute, Cond, Preconditioned};
-use cm_net::{Decoder, Encoder, NetSpec, NoiseEmbedding, SongUnetSpec, build};
-use cm_schedule::{
-    Boundary, EmaRule, IndexDist, LrRule, NoiseCond, NumScales, Reading, SigmaRange, TargetEma, Weighting,
-};
-use cm_torch::optim::OptimKind;
-use cm_train::{Batch, Levels, Metric, Networks, PairRule, TargetRule, TrainSpec, Trainer};
+use cm_model::{Compute, Cond};
+use cm_net::{Decoder, Encoder, NetSpec, NoiseEmbedding, SongUnetSpec};
+use cm_schedule::{Reading, SigmaRange, TargetEma};
+use cm_train::{Batch, Levels, Networks, TargetRule, Trainer};
 use criterion::{BenchmarkId, Criterion, SamplingMode, criterion_group, criterion_main};
 use tch::{Device, Kind, Tensor};
 
-type Model = Preconditioned<Box<dyn Backbone + Send>, Boundary>;
+mod common;
+
+use common::{model, train_spec};
 
 fn digits() -> SongUnetSpec {
     SongUnetSpec {
@@ -51,44 +50,11 @@ fn digits() -> SongUnetSpec {
     }
 }
 
-fn model(spec: &NetSpec, compute: Compute) -> Model {
-    let net = build(spec, 0, Device::Cpu).expect("the bench's network is valid");
-    if compute.channels_last {
-        net.params().to_channels_last();
-    }
-    let precond = Boundary::new(0.5, 0.002, NoiseCond::QuarterLog).expect("EDM's numbers are valid");
-    Preconditioned { net, precond, sigma_range: SigmaRange::EDM, compute }
-}
-
-/// Algorithm 3 with a grid of 18 levels.
-fn train_spec(batch: usize) -> TrainSpec {
-    TrainSpec {
-        seed: 0,
-        total_steps: 1_000_000,
-        batch,
-        micro_batch: None,
-        pairs: PairRule::Grid {
-            rho: 7.0,
-            num_scales: NumScales::Fixed { num_scales: 18 },
-            index: IndexDist::Uniform {},
-        },
-        target: TargetRule::Ema { rule: TargetEma::Adaptive { mu0: 0.9, s0: 2, reading: Reading::Paper } },
-        teacher: None,
-        metric: Metric::L2,
-        weighting: Weighting::Uniform,
-        optimizer: OptimKind::radam(),
-        lr: 1e-4,
-        lr_rule: LrRule::Constant {},
-        emas: vec![EmaRule::Beta { beta: 0.9999 }],
-        grad_clip: None,
-        replace_non_finite: None,
-        shard_state: false,
-    }
-}
-
 fn step(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("ct_step");
     group.sampling_mode(SamplingMode::Flat).sample_size(10).warm_up_time(Duration::from_secs(1));
+    let target_rule =
+        TargetRule::Ema { rule: TargetEma::Adaptive { mu0: 0.9, s0: 2, reading: Reading::Paper } };
     let fast = |autocast| Compute { autocast, channels_last: true, ..Compute::default() };
     let cases: [(&str, NetSpec, usize, Compute); 5] = [
         ("digits_1x8x8_b128_f32", digits().into(), 128, Compute::default()),
@@ -108,7 +74,7 @@ fn step(criterion: &mut Criterion) {
             let target = Some(model(&spec, compute));
             let mut trainer = Trainer::new(
                 Networks { student: model(&spec, compute), target, teacher: None, perceptual: None },
-                &train_spec(batch),
+                &train_spec(batch, target_rule),
                 levels,
             )
             .expect("the bench's settings are valid");

@@ -10,15 +10,16 @@
 use std::process::ExitCode;
 use std::time::Instant;
 
-use cm_model::{Backbone, Compute, Cond, ConsistencyFn, Preconditioned, Sigma};
-use cm_net::{NetSpec, SongUnetSpec, build};
-use cm_schedule::{Boundary, EmaRule, IndexDist, LrRule, NoiseCond, NumScales, SigmaRange, Weighting};
+use cm_model::{Compute, Cond, ConsistencyFn, Sigma};
+use cm_net::{NetSpec, SongUnetSpec};
+use cm_schedule::SigmaRange;
 use cm_torch::fused::Plain;
-use cm_torch::optim::OptimKind;
-use cm_train::{Batch, Levels, Metric, Networks, PairRule, TargetRule, TrainSpec, Trainer};
+use cm_train::{Batch, Levels, Networks, TargetRule, Trainer};
 use tch::{Device, Kind, Tensor};
 
-type Model = Preconditioned<Box<dyn Backbone + Send>, Boundary>;
+mod common;
+
+use common::{model, train_spec};
 
 /// What is computed, in words and as work.
 type Row<'a> = (&'static str, Box<dyn FnMut() + 'a>);
@@ -30,8 +31,8 @@ const LEFT: f64 = 2.0 / 3.0;
 /// On two cores of a Xeon with AMX, calm, 26 November 2026.
 const RECORDED: [f64; 3] = [1.37, 1.78, 1.99];
 
-fn spec(size: i64, channels: i64, mult: &[i64]) -> SongUnetSpec {
-    SongUnetSpec {
+fn spec(size: i64, channels: i64, mult: &[i64]) -> NetSpec {
+    NetSpec::SongUnet(SongUnetSpec {
         image_size: size,
         image_channels: channels,
         augment_dim: 0,
@@ -41,46 +42,16 @@ fn spec(size: i64, channels: i64, mult: &[i64]) -> SongUnetSpec {
         attn_resolutions: vec![],
         dropout: 0.0,
         ..SongUnetSpec::ddpmpp_cifar10(0)
-    }
-}
-
-fn model(spec: &SongUnetSpec, compute: Compute) -> Model {
-    let net = build(&NetSpec::from(spec.clone()), 0, Device::Cpu).expect("a network of the presets");
-    if compute.channels_last {
-        net.params().to_channels_last();
-    }
-    let precond = Boundary::new(0.5, 0.002, NoiseCond::QuarterLog).expect("positive");
-    Preconditioned { net, precond, sigma_range: SigmaRange::EDM, compute }
+    })
 }
 
 /// A step of consistency training without a target network.
-fn training(spec: &SongUnetSpec, batch: usize, compute: Compute) -> impl FnMut() {
-    let settings = TrainSpec {
-        seed: 0,
-        total_steps: 1_000_000,
-        batch,
-        micro_batch: None,
-        pairs: PairRule::Grid {
-            rho: 7.0,
-            num_scales: NumScales::Fixed { num_scales: 18 },
-            index: IndexDist::Uniform {},
-        },
-        target: TargetRule::Live {},
-        teacher: None,
-        metric: Metric::L2,
-        weighting: Weighting::Uniform,
-        optimizer: OptimKind::radam(),
-        lr: 1e-5,
-        lr_rule: LrRule::Constant {},
-        emas: vec![EmaRule::Beta { beta: 0.9999 }],
-        grad_clip: None,
-        replace_non_finite: None,
-        shard_state: false,
-    };
+fn training(spec: &NetSpec, batch: usize, compute: Compute) -> impl FnMut() {
+    let settings = train_spec(batch, TargetRule::Live {});
+    let shape = spec.image_shape().batch(batch as i64);
     let networks = Networks { student: model(spec, compute), target: None, teacher: None, perceptual: None };
     let levels = Levels { range: SigmaRange::EDM, sigma_data: 0.5 };
     let mut trainer = Trainer::new(networks, &settings, levels).expect("the settings are valid");
-    let shape = NetSpec::from(spec.clone()).image_shape().batch(batch as i64);
     let images = Tensor::rand(shape, (Kind::Float, Device::Cpu)) * 2.0 - 1.0;
     let batch = Batch { images, cond: Cond::none() };
     move || {
@@ -89,9 +60,9 @@ fn training(spec: &SongUnetSpec, batch: usize, compute: Compute) -> impl FnMut()
 }
 
 /// One image in one step.
-fn sampling(spec: &SongUnetSpec, compute: Compute) -> impl FnMut() {
+fn sampling(spec: &NetSpec, compute: Compute) -> impl FnMut() {
     let f = model(spec, compute);
-    let shape = NetSpec::from(spec.clone()).image_shape().batch(1);
+    let shape = spec.image_shape().batch(1);
     let x = Tensor::randn(shape, (Kind::Float, Device::Cpu)) * 80.0;
     move || drop(f.jump(&x, Sigma::One(80.0), &Cond::none()).expect("the shape fits"))
 }

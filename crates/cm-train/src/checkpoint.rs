@@ -147,7 +147,8 @@ impl Checkpoints {
     /// one is replaced.
     ///
     /// # Errors
-    /// [`Error::Io`] or what `write` returns; the folder of that step is then as it was.
+    /// [`Error::Io`] or what `write` returns; the folder of that step is then as it was, or, where only the last sync or
+    /// the removal of what was replaced fails, the new one, which may not be on the disk yet.
     pub fn save(
         &self,
         step: u64,
@@ -169,7 +170,10 @@ impl Checkpoints {
             files::write_atomic(&temp.join(STATE_FILE), |out| out.write_all(&json))?;
             files::sync_folder(&temp)?;
             self.set_aside(step)?;
-            fs::rename(&temp, &place).map_err(|e| Error::io(&place, "renaming into place", e))
+            fs::rename(&temp, &place).map_err(|e| {
+                self.put_back(step);
+                Error::io(&place, "renaming into place", e)
+            })
         });
         if let Err(error) = written {
             // The cause is what the caller has to know; a leftover folder is removed by the next save.
@@ -217,6 +221,12 @@ impl Checkpoints {
             fs::rename(&place, &old).map_err(|e| Error::io(&place, "moving aside", e))?;
         }
         Ok(())
+    }
+
+    /// Undoes [`set_aside`](Self::set_aside) if it can.
+    fn put_back(&self, step: u64) {
+        // A failure stays hidden behind the one that led here.
+        let _ = fs::rename(self.hidden(step, "old"), self.path(step));
     }
 
     fn remove_leftovers(&self) -> Result<()> {

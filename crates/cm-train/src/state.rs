@@ -31,7 +31,7 @@ impl<M: Trainable> Trainer<M> {
     /// # Errors
     /// [`crate::Error::Spoilt`] if a weight, an average or a moment is not finite: nothing could go on from there.
     /// [`crate::Error::Io`] or [`crate::Error::Model`] with the file that cannot be written; there is then no new
-    /// checkpoint.
+    /// checkpoint, or where its folder alone could not be synced, one that may not be on the disk yet.
     pub fn save(&self, checkpoints: &Checkpoints, metadata: &Metadata<'_>) -> Result<PathBuf> {
         self.check_state()?;
         if let Some(group) = self.group().filter(|_| self.is_sharded()) {
@@ -71,9 +71,17 @@ impl<M: Trainable> Trainer<M> {
     ///
     /// # Errors
     /// [`crate::Error::Checkpoint`] for a file that the settings need and the checkpoint lacks,
-    /// [`crate::Error::Model`] if weights do not fit. The trainer must not be used then: parts of it may have been
+    /// [`crate::Error::Model`] if weights do not fit, [`crate::Error::Input`] where averages and moments are shared out:
+    /// a run is resumed before its ranks meet. The trainer must not be used then: parts of it may have been
     /// loaded.
     pub fn resume(&mut self, checkpoint: &Checkpoint) -> Result<Vec<String>> {
+        if self.is_sharded() {
+            return Err(crate::Error::Input {
+                what: "checkpoint to go on from",
+                expected: "a trainer that has not joined other ranks yet".to_owned(),
+                got: "one that holds a share of averages and moments".to_owned(),
+            });
+        }
         self.make_state()?;
         let read = |name: &str| Ok::<_, crate::Error>(Bundle::read(&checkpoint.file(name)?)?.tensors);
         let params = self.student.params();

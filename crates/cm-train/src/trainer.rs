@@ -5,6 +5,7 @@ use cm_model::{Cond, Denoiser, Mode, NoiseSource, Philox, Site};
 use cm_schedule::rng::Purpose;
 use cm_schedule::{EmaRule, KarrasGrid};
 use cm_torch::dist::ProcessGroup;
+use cm_torch::fused::note_change;
 use cm_torch::optim::{EmaTarget, Optimizer, StepOptions, ema_update};
 use cm_torch::recompute;
 use cm_torch::rng::Rows;
@@ -92,8 +93,8 @@ pub struct Trainer<M> {
     pub(crate) group: Option<Rc<ProcessGroup>>,
     /// This rank's share of averages and moments, where they are shared out.
     pub(crate) shard: Option<Shard>,
-    /// Whether there are averages and moments. Where they are to be shared out they come last, so that no rank ever
-    /// holds more than it has to; until then, averages are handles on the weights.
+    /// Whether there are averages and moments. Where they are to be shared out they come last, so that a rank
+    /// never makes more than its share; until then, averages are handles on the weights.
     pub(crate) has_state: bool,
 }
 
@@ -222,6 +223,8 @@ impl<M: Trainable> Trainer<M> {
     }
 
     fn try_step(&mut self, batch: &Batch) -> Result<StepReport> {
+        // Those that were put together would be old.
+        self.drop_averages();
         self.make_state()?;
         let place = Place { seed: self.spec.seed, step: self.step, total_steps: self.spec.total_steps };
         let stage = self.spec.recipe().stage(place.step, place.total_steps);
@@ -420,17 +423,23 @@ impl<'a> Borrowed<'a> {
         // A detached tensor is a handle of its own on the same memory, which `set_data` does not move.
         let own = weights.iter().map(|(_, weight)| weight.detach()).collect();
         for ((_, weight), value) in weights.iter().zip(values) {
-            weight.shallow_clone().set_data(value);
+            lend(weight, value);
         }
         Self { weights, own }
     }
+}
+
+/// Puts a weight on other memory, whose numbers nobody has followed.
+fn lend(weight: &Tensor, memory: &Tensor) {
+    weight.shallow_clone().set_data(memory);
+    note_change(weight);
 }
 
 impl Drop for Borrowed<'_> {
     fn drop(&mut self) {
         let _no_grad = tch::no_grad_guard();
         for ((_, weight), own) in self.weights.iter().zip(&self.own) {
-            weight.shallow_clone().set_data(own);
+            lend(weight, own);
         }
     }
 }

@@ -18,8 +18,8 @@ use serde_json::Value;
 
 use crate::cli::RaceArgs;
 use crate::install::Home;
-use crate::runner::{built, cargo, code_of, status_of};
-use crate::{setup, tools};
+use crate::runner::{build_cm, status_of};
+use crate::tools;
 use report::{Entry, Report, Reported, Standing};
 use rows::{Check, Measure, Row, target};
 use side::Side;
@@ -40,17 +40,13 @@ pub struct Race {
 /// Sets both sides up, runs the rows, and returns 1 if a target of a row that could be measured was missed.
 pub fn run(args: RaceArgs) -> Result<u8> {
     check(&args)?;
-    setup::ensure()?;
-    let status = status_of(&mut cargo(&["build", "--release", "--workspace", "--bin", "cm"]))?;
-    if !status.success() {
-        return Ok(code_of(status));
-    }
+    let cm = build_cm()?;
     let out = std::path::absolute(&args.out).context("the folder --out")?;
     let shared = out.join(args.size.name());
     fs::create_dir_all(&shared).with_context(|| format!("cannot make {}", shared.display()))?;
     let race = Race {
         threads: args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from)),
-        cm: built("cm")?,
+        cm,
         python: peers::ensure(&Home::of_workspace())?,
         scripts: tools::workspace_root().join("scripts/peers"),
         shared,
@@ -124,8 +120,7 @@ impl Race {
             return;
         }
         let standing = match self.measure(row, &letters) {
-            Ok(Measured::Entries(entries)) => Standing::Measured(entries),
-            Ok(Measured::NotBuilt(why)) => Standing::Missing(why),
+            Ok(entries) => Standing::Measured(entries),
             Err(error) => Standing::Missing(format!("{error:#}")),
         };
         report.add(Reported { row: row.name, about: row.about, standing });
@@ -140,16 +135,14 @@ impl Race {
         self.args.device.starts_with("cuda")
     }
 
-    fn measure(&self, row: &Row, letters: &[&'static str]) -> Result<Measured> {
+    fn measure(&self, row: &Row, letters: &[&'static str]) -> Result<Vec<Entry>> {
         if row.name == rows::COLD_START {
-            return Ok(Measured::Entries(cold_start::measure(self, letters)?));
+            return cold_start::measure(self, letters);
         }
         let mut sides = Vec::new();
         for (name, dtype) in self.own_sides(row) {
             let mut ours = Side::start(&mut side::ours(self, dtype), name, &self.shared)?;
-            if let Some(why) = ours.prepare(row.name)?.get("missing").and_then(Value::as_str) {
-                return Ok(Measured::NotBuilt(why.to_owned()));
-            }
+            ours.prepare(row.name)?;
             sides.push(ours);
         }
         let own = sides.len();
@@ -173,7 +166,7 @@ impl Race {
         if row.measures_memory {
             entries.extend(self.memory(row, letters)?);
         }
-        Ok(Measured::Entries(entries))
+        Ok(entries)
     }
 
     /// This project in the dtype that is asked for, and in float32.
@@ -224,11 +217,6 @@ impl Race {
         }
         Ok(entries)
     }
-}
-
-enum Measured {
-    Entries(Vec<Entry>),
-    NotBuilt(String),
 }
 
 /// Which of this project's sides a peer meets: those that are run as they come the faster one, the tuned that of their

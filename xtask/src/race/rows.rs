@@ -72,7 +72,7 @@ const fn with_diffusers(name: &'static str, about: &'static str) -> Row {
 }
 
 /// Every row, in the order of the table.
-const ROWS: [Row; 17] = [
+const ROWS: [Row; 16] = [
     training("ct", "one CT step"),
     training("cd-heun", "one CD step with Heun"),
     training("ect", "one ECT step"),
@@ -80,7 +80,6 @@ const ROWS: [Row; 17] = [
     sampling("sample-1", "one-step sampling, batch 1"),
     sampling("sample-16", "one-step sampling, batch 16"),
     sampling("sample-64", "one-step sampling, batch 64"),
-    Row { peers: &["a", "b"], ..sampling("reduced", "one-step sampling in reduced arithmetic, batch 16") },
     with_diffusers("adm-1", "one-step sampling of an ADM U-Net, batch 1"),
     with_diffusers("adm-16", "one-step sampling of an ADM U-Net, batch 16"),
     sampling("heun-18", "EDM Heun, 18 steps"),
@@ -96,13 +95,9 @@ const ROWS: [Row; 17] = [
 pub const ON_A_GPU: [(&str, &str); 2] =
     [("ct", "training step, GPU"), ("sample-1", "one-step sampling, batch 1, GPU, graph captured")];
 
-/// Rows that a size does not have: there is no experiment, or nothing is aimed at.
+/// A row that a size does not have, as there is no experiment.
 fn is_absent(size: Size, row: &str) -> bool {
-    match size {
-        Size::Tiny => row == "reduced",
-        Size::Cifar10 => false,
-        Size::Imagenet64 => ["reduced", "ect"].contains(&row),
-    }
+    size == Size::Imagenet64 && row == "ect"
 }
 
 /// The rows of a size that `names` asks for; all of them if it is empty.
@@ -147,7 +142,6 @@ pub fn target(size: Size, gpu: bool, row: &Row, measure: Measure, peer: &str) ->
         (_, Size::Cifar10, "sample-1") if gpu => both(4.0, 2.0),
         (_, Size::Cifar10, "sample-1") => both(1.7, 1.05),
         (_, Size::Cifar10, "sample-16") if !gpu => both(2.1, 1.05),
-        (_, Size::Cifar10, "reduced") if !gpu => both(3.0, 1.4),
         (_, Size::Cifar10, "update") => both(5.0, 1.5),
         (_, Size::Cifar10, COLD_START) if !gpu => both(3.0, 3.0),
         (_, Size::Tiny, COLD_START) if !gpu => both(5.0, 5.0),
@@ -229,8 +223,8 @@ mod tests {
         assert_eq!(target(Size::Tiny, false, &ct, Measure::Speed, "b"), Some(1.3));
         assert_eq!(target(Size::Cifar10, true, &ct, Measure::Speed, "a"), Some(2.5));
         assert_eq!(target(Size::Cifar10, false, &ct, Measure::Memory, "a"), Some(0.8));
-        for wrong in ["cct", "reduced"] {
-            assert!(chosen(Size::Tiny, &[wrong.to_owned()]).unwrap_err().to_string().contains(wrong));
+        for wrong in ["cct", "ect"] {
+            assert!(chosen(Size::Imagenet64, &[wrong.to_owned()]).unwrap_err().to_string().contains(wrong));
         }
     }
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use super::faults::in_shell;
@@ -75,12 +75,15 @@ fn cut(runs: &Runs) -> Result<f64> {
     }
     fs::write(runs.folder("cut"), "")?;
     let began = Instant::now();
+    let most = Duration::from_secs(SILENCE) + SLACK;
     while running.ended()?.is_none() {
+        if began.elapsed() > most {
+            running.kill()?;
+            bail!("a rank still lived {most:?} after the cable was cut; stated are {SILENCE} s of silence");
+        }
         std::thread::sleep(Duration::from_millis(10));
     }
     let seconds = began.elapsed();
-    let most = Duration::from_secs(SILENCE) + SLACK;
-    ensure!(seconds < most, "{seconds:?} until both had ended, stated are {SILENCE} s");
     for number in [0, 1] {
         let other = format!("rank {}: ", 1 - number);
         rank(runs, number)?.fails(1, &[&other]).with_context(|| format!("rank {number}"))?;

@@ -34,7 +34,7 @@ pub fn write(work: &Work, rows: &[String]) -> Result<()> {
         training.extend(match kind(row)? {
             Kind::Train => Some(row.as_str()),
             Kind::Sample | Kind::Update | Kind::Checkpoint => Some(source(row)),
-            Kind::Data | Kind::Fid | Kind::Reduced => None,
+            Kind::Data | Kind::Fid => None,
         });
     }
     training.sort_unstable();

@@ -74,7 +74,6 @@ fn obey(work: &Work, words: &[&str], row: &mut Option<Box<dyn Row>>) -> Result<V
                 Kind::Checkpoint => Box::new(parts::CheckpointRow::new(work, name)?),
                 Kind::Data => Box::new(parts::DataRow::new(work, name)?),
                 Kind::Fid => Box::new(parts::FidRow::new(work, name)?),
-                Kind::Reduced => return Ok(json!({ "missing": "not built" })),
             });
             Ok(json!({ "dtype": work.dtype_name() }))
         }
@@ -159,7 +158,6 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let work = work(folder.path(), RaceDtype::Fp32);
         let answer = |words: &[&str]| obey(&work, words, &mut None);
-        assert_eq!(answer(&["prepare", "reduced"]).unwrap()["missing"], "not built");
         assert!(answer(&["check"]).unwrap_err().to_string().contains("prepare"));
         assert!(answer(&["prepare", "sample-x"]).is_err() && answer(&["jump"]).is_err());
         assert!(answer(&["memory"]).unwrap()["bytes"].as_u64().unwrap() > 1_000_000);

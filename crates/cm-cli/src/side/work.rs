@@ -24,7 +24,6 @@ pub enum Kind {
     Checkpoint,
     Data,
     Fid,
-    Reduced,
 }
 
 /// The network that diffusers has too, for which there is no experiment.
@@ -55,7 +54,6 @@ pub fn kind(name: &str) -> Result<Kind> {
         "checkpoint-save" | "checkpoint-load" => Kind::Checkpoint,
         "data" => Kind::Data,
         "fid" => Kind::Fid,
-        "reduced" => Kind::Reduced,
         name if ["sample-", "heun-", "adm-"].iter().any(|start| name.starts_with(start)) => Kind::Sample,
         name => bail!("{name}: no such row"),
     })

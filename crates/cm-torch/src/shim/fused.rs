@@ -29,6 +29,7 @@ unsafe extern "C" {
         y: *mut *mut C_tensor,
     ) -> *mut c_char;
 
+    fn cm_bump_version(tensor: *const C_tensor);
     fn cm_packed_conv_new() -> *mut c_void;
     fn cm_packed_conv_free(packed: *mut c_void);
     fn cm_packed_conv(
@@ -90,6 +91,11 @@ pub(crate) fn scaled_sum(a: &Tensor, b: &Tensor, scale: f64) -> Result<Option<Te
         check(cm_scaled_sum(a.as_ptr(), b.as_ptr(), scale, &mut out))?;
         Ok((!out.is_null()).then(|| Tensor::from_ptr(out)))
     }
+}
+
+pub(crate) fn bump_version(tensor: &Tensor) {
+    // SAFETY: the tensor outlives the call, which counts up a number that libtorch keeps beside it.
+    unsafe { cm_bump_version(tensor.as_ptr()) }
 }
 
 /// The prepared weights of one convolution.
