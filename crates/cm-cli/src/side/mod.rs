@@ -136,7 +136,9 @@ mod tests {
         let rows = ["cd-heun", "edm", "sample-2", "adm-2", "update", "checkpoint-load"].map(str::to_owned);
         files::write(&plain, &rows).unwrap();
         for name in ["sample-2", "adm-2"] {
-            assert!(check(&plain, name)["distance"].as_f64().unwrap() < 1e-6);
+            // The shared samples are computed plane by plane, the row's in the memory order of the preset.
+            let rounding = check(&plain, name)["distance"].as_f64().unwrap();
+            assert!(rounding < 5e-6, "{name}: {rounding:e}");
             // Lower precision is there, and not far.
             let low = check(&work(folder.path(), RaceDtype::Bf16), name)["distance"].as_f64().unwrap();
             assert!(low > 1e-4 && low < 0.05, "{name}: {low}");
@@ -147,9 +149,10 @@ mod tests {
             assert!(["loss", "grad_norm", "moved"].iter().all(|key| answer[key].as_f64().unwrap() > 0.0));
         }
         let answer = check(&plain, "update");
-        // θ⁻ has gone 1 − β of the way that θ went.
+        // In n even steps θ⁻ goes Σ (1 − β^k)/n of the way that θ goes, and RAdam's first steps are nearly even.
         let share = answer["average"].as_f64().unwrap() / answer["moved"].as_f64().unwrap();
-        assert!((share - 0.02).abs() < 1e-4, "{share}");
+        let even = (1..=10).map(|k| (1.0 - 0.98f64.powi(k)) / 10.0).sum::<f64>();
+        assert!((share / even - 1.0).abs() < 0.2, "{share} instead of about {even}");
         check(&plain, "checkpoint-load");
     }
 
