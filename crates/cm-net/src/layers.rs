@@ -1,7 +1,7 @@
 //! The layers that all networks here are made of. Names of parameters are those of the published files.
 
 use cm_model::torch::autocast::Autocast;
-use cm_model::torch::fused::{Norm, PackedConv};
+use cm_model::torch::fused::{Norm, PackedConv, tile_conv};
 use cm_model::torch::memory_format;
 use cm_model::{Init, ParamPath};
 use tch::{Kind, Tensor};
@@ -117,8 +117,9 @@ impl Conv2d {
     }
 
     pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
-        let packed = self.packed.forward(x, (&self.weight, &self.bias), (self.stride, self.padding));
-        packed.unwrap_or_else(|| x.conv2d(&self.weight, Some(&self.bias), self.stride, self.padding, 1, 1))
+        let (parts, how) = ((&self.weight, &self.bias), (self.stride, self.padding));
+        let fast = self.packed.forward(x, parts, how).or_else(|| tile_conv(x, parts, how));
+        fast.unwrap_or_else(|| x.conv2d(&self.weight, Some(&self.bias), self.stride, self.padding, 1, 1))
     }
 }
 
@@ -359,12 +360,62 @@ impl Attention {
             }
         };
         let [q, k, v] = [qkv.get(0), qkv.get(1), qkv.get(2)];
-        let mixed =
-            Tensor::scaled_dot_product_attention(&q, &k, &v, None::<&Tensor>, 0.0, false, None, false);
+        let mixed = match composes(&q) {
+            true => composed_attention(&q, &k, &v),
+            false => {
+                Tensor::scaled_dot_product_attention(&q, &k, &v, None::<&Tensor>, 0.0, false, None, false)
+            }
+        };
         // The kernels leave the result pixel by pixel, which is the channels-last order.
         let image = mixed.permute([0, 2, 1, 3]).reshape([batch, height, width, channels]);
         let image = image.permute([0, 3, 1, 2]);
         let image = if memory_format::is_channels_last(x) { image } else { image.contiguous() };
         self.proj.forward(&image)
+    }
+}
+
+/// Whether attention is computed step by step: on CPUs the gradient of libtorch's fused kernel multiplies head by head,
+/// in bfloat16 at eight times the cost of whole products at 4×4 pixels and at twice the cost at 16×16. Its matrix of
+/// weights is kept for the backward pass, which is little up to 32×32.
+fn composes(q: &Tensor) -> bool {
+    let pixels = q.size()[2];
+    q.requires_grad() && !q.device().is_cuda() && pixels <= 1024
+}
+
+/// `softmax(q·kᵀ/√dim)·v` of `[batch, heads, pixels, dim]`, in the dtype of q.
+fn composed_attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
+    let _as_it_is = Autocast::enter(q.device(), None);
+    let scale = (q.size()[3] as f64).powf(-0.5);
+    (q * scale).matmul(&k.transpose(-1, -2)).softmax(-1, None).matmul(v)
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+
+    #[test]
+    fn attention_computed_step_by_step_is_that_of_the_fused_kernel() {
+        tch::manual_seed(4);
+        let randn = |shape: &[i64]| Tensor::randn(shape, (Kind::Double, Device::Cpu));
+        let parts: Vec<Tensor> = (0..3).map(|_| randn(&[3, 2, 10, 8])).collect();
+        let slope = randn(&[3, 2, 10, 8]);
+        let run = |composed: bool| {
+            let leaves: Vec<Tensor> = parts.iter().map(|t| t.copy().set_requires_grad(true)).collect();
+            let (q, k, v) = (&leaves[0], &leaves[1], &leaves[2]);
+            assert!(composes(q) && !composes(&q.detach()));
+            let y = match composed {
+                true => composed_attention(q, k, v),
+                false => {
+                    Tensor::scaled_dot_product_attention(q, k, v, None::<&Tensor>, 0.0, false, None, false)
+                }
+            };
+            (&y * &slope).sum(Kind::Double).backward();
+            std::iter::once(y.detach()).chain(leaves.iter().map(Tensor::grad)).collect::<Vec<_>>()
+        };
+        for (got, want) in run(true).iter().zip(run(false)) {
+            assert!((got - want).abs().max().double_value(&[]) < 1e-12);
+        }
     }
 }

@@ -9,12 +9,7 @@
 #include <torch/headeronly/version.h>
 
 #include <cstdint>
-#include <climits>
 #include <cstdlib>
-
-#if defined(__GLIBC__)
-#include <malloc.h>
-#endif
 
 namespace {
 
@@ -131,18 +126,6 @@ char* cm_channels_last(cm_tensor input, cm_tensor* output) {
 
 bool cm_is_channels_last(cm_tensor input) {
   return input->dim() == 4 && input->is_contiguous(at::MemoryFormat::ChannelsLast);
-}
-
-// ---- memory of the process ----
-
-// Has glibc keep what tensors give back, up to 2 GB, instead of returning it to the system, which clears every page that it
-// hands out again. Tensors of up to 32 MB, the most that glibc allows, come from there.
-void cm_keep_memory() {
-#if defined(__GLIBC__)
-  mallopt(M_MMAP_THRESHOLD, 32 << 20);
-  mallopt(M_TRIM_THRESHOLD, INT_MAX);
-  mallopt(M_TOP_PAD, 64 << 20);
-#endif
 }
 
 // ---- memory of a CUDA device ----

@@ -4,8 +4,7 @@
 // Here all of it is one sum over the image and one pass, and its backward the same again. What the backward needs is
 // recomputed from the input, so that neither the normalised image nor anything behind it is kept.
 
-#include "chunks.h"
-#include "fused_loops.h"
+#include "fused_norm.h"
 #include "shim.h"
 
 #include <ATen/core/grad_mode.h>
@@ -14,273 +13,21 @@
 #include <ATen/ops/mul.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <type_traits>
-#include <vector>
 
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// ---- over the whole batch ----
-
-// Calls f(image, piece, first pixel, pixels) for all pieces of all images, in parallel.
-template <typename F>
-void for_pieces(const ImageOrder& l, const F& f) {
-  const int64_t pieces = (l.p + kPixels - 1) / kPixels;
-  // Waking the other thread costs as much as some ten thousand numbers.
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, l.c * kPixels));
-  at::parallel_for(0, l.n * pieces, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t start = i % pieces * kPixels;
-      f(i / pieces, i % pieces, start, std::min(kPixels, l.p - start));
-    }
-  });
-}
-
-// sums[2 * i + which], for i of `ImageOrder::at`, over all pixels: in float within a piece, in double over pieces, in
-// their order.
-template <typename T, Sums kind, bool silu>
-std::vector<double> sums_of(const ImageOrder& l, const T* x, const T* dy, const float* k, const float* a, const float* b) {
-  const int64_t pieces = (l.p + kPixels - 1) / kPixels;
-  std::vector<float> partial(l.n * pieces * l.c * 2);
-  for_pieces(l, [&](int64_t n, int64_t piece, int64_t start, int64_t pixels) {
-    float* first = partial.data() + (n * pieces + piece) * l.c * 2;
-    float* second = first + l.c;
-    const auto at = [&](const float* values) { return values == nullptr ? nullptr : values + n * l.c; };
-    if (l.last) {
-      const int64_t from = (n * l.p + start) * l.c;
-      const T* grad = dy == nullptr ? nullptr : dy + from;
-      if constexpr (std::is_same_v<T, Bf16>) {
-        if (l.pairs) {
-          sums_pairs<kind, silu>(x + from, grad, at(k), at(a), at(b), first, second, l.c, pixels);
-          return;
-        }
-      }
-      sums_last<T, kind, silu>(x + from, grad, at(k), at(a), at(b), first, second, l.c, pixels);
-      return;
-    }
-    for (int64_t c = 0; c < l.c; ++c) {
-      const int64_t from = (n * l.c + c) * l.p + start, i = n * l.c + c;
-      sums_plane<T, kind, silu>(
-          x + from, dy == nullptr ? nullptr : dy + from, k[i], a == nullptr ? 0.0f : a[i],
-          b == nullptr ? 0.0f : b[i], first + c, second + c, pixels);
-    }
-  });
-  std::vector<double> sums(l.n * l.c * 2, 0.0);
-  for (int64_t n = 0; n < l.n; ++n) {
-    for (int64_t piece = 0; piece < pieces; ++piece) {
-      const float* from = partial.data() + (n * pieces + piece) * l.c * 2;
-      for (int64_t c = 0; c < l.c; ++c) {
-        sums[(n * l.c + c) * 2] += from[c];
-        sums[(n * l.c + c) * 2 + 1] += from[l.c + c];
-      }
-    }
-  }
-  return sums;
-}
-
-template <typename T, bool backward, bool silu>
-void apply(const ImageOrder& l, const T* x, const T* dy, T* y, const Affine& affine) {
-  for_pieces(l, [&](int64_t n, int64_t, int64_t start, int64_t pixels) {
-    const auto at = [&](int64_t i) {
-      const auto from = [&](const float* values) { return values == nullptr ? nullptr : values + i; };
-      return Affine{from(affine.a), from(affine.b), from(affine.e), from(affine.f)};
-    };
-    if (l.last) {
-      const int64_t from = (n * l.p + start) * l.c;
-      const T* grad = backward ? dy + from : nullptr;
-      if constexpr (std::is_same_v<T, Bf16>) {
-        if (l.pairs) {
-          apply_pairs<backward, silu>(x + from, grad, y + from, at(n * l.c), l.c, pixels);
-          return;
-        }
-      }
-      apply_last<T, backward, silu>(x + from, grad, y + from, at(n * l.c), l.c, pixels);
-      return;
-    }
-    for (int64_t c = 0; c < l.c; ++c) {
-      const int64_t from = (n * l.c + c) * l.p + start;
-      apply_plane<T, backward, silu>(x + from, backward ? dy + from : nullptr, y + from, at(n * l.c + c), pixels);
-    }
-  });
-}
-
-// ---- normalisation ----
+// ---- for autograd ----
 
 // [N, C] or absent.
 const float* optional(const at::Tensor& t) {
   return t.defined() ? t.const_data_ptr<float>() : nullptr;
 }
-
-struct Norm {
-  ImageOrder layout;
-  int64_t groups;
-  double eps;
-  bool silu;
-  // [C], [C], and for each image [N, C]: what is added in front, and scale (of 1 + scale) and shift behind.
-  const float *weight, *bias, *add, *scale, *shift;
-
-  int64_t per_group() const {
-    return layout.c / groups;
-  }
-  double gain(int64_t n, int64_t c) const {
-    return weight[c] * (scale == nullptr ? 1.0 : 1.0 + scale[n * layout.c + c]);
-  }
-  double offset(int64_t n, int64_t c) const {
-    const int64_t i = n * layout.c + c;
-    const double scaled = bias[c] * (scale == nullptr ? 1.0 : 1.0 + scale[i]);
-    return scaled + (shift == nullptr ? 0.0 : shift[i]);
-  }
-  double added(int64_t n, int64_t c) const {
-    return add == nullptr ? 0.0 : add[n * layout.c + c];
-  }
-};
-
-// Means and 1/standard deviations of groups `[N, G]`, means of channels `[N, C]` (without what is added).
-struct Moments {
-  float *mean, *rstd, *channel;
-};
-
-template <typename T>
-void moments(const Norm& norm, const T* x, const Moments& out) {
-  const ImageOrder& l = norm.layout;
-  // Sums of differences to the mean of a few pixels: no digits are lost where the mean is far from 0.
-  std::vector<float> k(l.n * l.c);
-  const int64_t few = std::min<int64_t>(l.p, 8);
-  for (int64_t n = 0; n < l.n; ++n) {
-    for (int64_t c = 0; c < l.c; ++c) {
-      float sum = 0.0f;
-      for (int64_t i = 0; i < few; ++i) {
-        const int64_t p = (2 * i + 1) * l.p / (2 * few);
-        sum += load(x + n * l.c * l.p + (l.last ? p * l.c + c : c * l.p + p));
-      }
-      k[l.at(n, c)] = sum / static_cast<float>(few);
-    }
-  }
-  const auto sums = sums_of<T, kMoments, false>(l, x, nullptr, k.data(), nullptr, nullptr);
-  const int64_t d = norm.per_group();
-  const double pixels = static_cast<double>(l.p);
-  for (int64_t n = 0; n < l.n; ++n) {
-    for (int64_t g = 0; g < norm.groups; ++g) {
-      double mean = 0.0, square = 0.0;
-      for (int64_t c = g * d; c < (g + 1) * d; ++c) {
-        const int64_t i = l.at(n, c);
-        const double own = k[i] + sums[2 * i] / pixels;
-        out.channel[n * l.c + c] = static_cast<float>(own);
-        mean += (own + norm.added(n, c)) / static_cast<double>(d);
-      }
-      for (int64_t c = g * d; c < (g + 1) * d; ++c) {
-        const int64_t i = l.at(n, c);
-        const double apart = k[i] + sums[2 * i] / pixels + norm.added(n, c) - mean;
-        square += sums[2 * i + 1] - sums[2 * i] * sums[2 * i] / pixels + pixels * apart * apart;
-      }
-      // Rounding can leave a little less than 0; NaN is no less, and stays.
-      const double variance = (square < 0.0 ? 0.0 : square) / (pixels * static_cast<double>(d));
-      out.mean[n * norm.groups + g] = static_cast<float>(mean);
-      out.rstd[n * norm.groups + g] = static_cast<float>(1.0 / std::sqrt(variance + norm.eps));
-    }
-  }
-}
-
-// z = a * x + b for each image and channel.
-void affine_of(const Norm& norm, const Moments& m, std::vector<float>& a, std::vector<float>& b) {
-  const ImageOrder& l = norm.layout;
-  a.resize(l.n * l.c);
-  b.resize(l.n * l.c);
-  for (int64_t n = 0; n < l.n; ++n) {
-    for (int64_t c = 0; c < l.c; ++c) {
-      const int64_t group = n * norm.groups + c / norm.per_group();
-      const double slope = m.rstd[group] * norm.gain(n, c);
-      a[l.at(n, c)] = static_cast<float>(slope);
-      b[l.at(n, c)] = static_cast<float>(norm.offset(n, c) + (norm.added(n, c) - m.mean[group]) * slope);
-    }
-  }
-}
-
-template <typename T>
-void norm_forward(const Norm& norm, const T* x, T* y, const Moments& m) {
-  moments(norm, x, m);
-  std::vector<float> a, b;
-  affine_of(norm, m, a, b);
-  const Affine affine{a.data(), b.data(), nullptr, nullptr};
-  if (norm.silu) {
-    apply<T, false, true>(norm.layout, x, nullptr, y, affine);
-  } else {
-    apply<T, false, false>(norm.layout, x, nullptr, y, affine);
-  }
-}
-
-// Where gradients go; those of absent inputs are null.
-struct Grads {
-  float *weight, *bias, *add, *scale, *shift;
-};
-
-template <typename T>
-void norm_backward(const Norm& norm, const T* x, const T* dy, T* dx, const Moments& m, const Grads& grads) {
-  const ImageOrder& l = norm.layout;
-  std::vector<float> a, b, k(l.n * l.c), e(l.n * l.c), f(l.n * l.c);
-  affine_of(norm, m, a, b);
-  const int64_t d = norm.per_group();
-  for (int64_t n = 0; n < l.n; ++n) {
-    for (int64_t c = 0; c < l.c; ++c) {
-      k[l.at(n, c)] = static_cast<float>(m.mean[n * norm.groups + c / d] - norm.added(n, c));
-    }
-  }
-  const auto sums = norm.silu
-      ? sums_of<T, kBackward, true>(l, x, dy, k.data(), a.data(), b.data())
-      : sums_of<T, kBackward, false>(l, x, dy, k.data(), a.data(), b.data());
-  const double pixels = static_cast<double>(l.p), count = pixels * static_cast<double>(d);
-  std::vector<double> weight(l.c, 0.0), bias(l.c, 0.0);
-  for (int64_t n = 0; n < l.n; ++n) {
-    for (int64_t g = 0; g < norm.groups; ++g) {
-      const double mean = m.mean[n * norm.groups + g], rstd = m.rstd[n * norm.groups + g];
-      double all = 0.0, along = 0.0;
-      for (int64_t c = g * d; c < (g + 1) * d; ++c) {
-        const int64_t i = l.at(n, c);
-        all += norm.gain(n, c) * sums[2 * i];
-        along += norm.gain(n, c) * sums[2 * i + 1] * rstd;
-      }
-      for (int64_t c = g * d; c < (g + 1) * d; ++c) {
-        const int64_t i = n * l.c + c, at = l.at(n, c);
-        const double slope = -rstd * rstd * along / count;
-        const double rest = -rstd * all / count - slope * (mean - norm.added(n, c));
-        e[at] = static_cast<float>(slope);
-        f[at] = static_cast<float>(rest);
-        const double by_gain = rstd * sums[2 * at + 1], by_offset = sums[2 * at];
-        const double scaled = norm.scale == nullptr ? 1.0 : 1.0 + norm.scale[i];
-        weight[c] += by_gain * scaled;
-        bias[c] += by_offset * scaled;
-        if (grads.add != nullptr) {
-          grads.add[i] = static_cast<float>(
-              rstd * norm.gain(n, c) * by_offset + pixels * (slope * m.channel[i] + rest));
-        }
-        if (grads.scale != nullptr) {
-          grads.scale[i] = static_cast<float>(by_gain * norm.weight[c] + by_offset * norm.bias[c]);
-        }
-        if (grads.shift != nullptr) {
-          grads.shift[i] = static_cast<float>(by_offset);
-        }
-      }
-    }
-  }
-  for (int64_t c = 0; c < l.c; ++c) {
-    grads.weight[c] = static_cast<float>(weight[c]);
-    grads.bias[c] = static_cast<float>(bias[c]);
-  }
-  const Affine affine{a.data(), b.data(), e.data(), f.data()};
-  if (norm.silu) {
-    apply<T, true, true>(l, x, dy, dx, affine);
-  } else {
-    apply<T, true, false>(l, x, dy, dx, affine);
-  }
-}
-
-// ---- for autograd ----
 
 at::MemoryFormat format_of(const at::Tensor& x) {
   return x.is_contiguous() ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast;

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace {
 
@@ -93,9 +94,12 @@ struct ImageOrder {
   int64_t n, c, p;
   bool last, pairs;
 
-  // Where the number of a channel of an image lies.
+  // Where the number of a channel lies among those of its image, and of all.
+  int64_t within(int64_t channel) const {
+    return pairs ? (channel & 1) * (c / 2) + channel / 2 : channel;
+  }
   int64_t at(int64_t image, int64_t channel) const {
-    return image * c + (pairs ? (channel & 1) * (c / 2) + channel / 2 : channel);
+    return image * c + within(channel);
   }
 };
 
@@ -185,6 +189,25 @@ CM_CLONES void sums_pairs(
       add_to<kind, silu>(value.first, grad.first, k[c], ae, be, first[c], second[c]);
       add_to<kind, silu>(value.second, grad.second, k[odd], ao, bo, first[odd], second[odd]);
     }
+  }
+}
+
+// Channels last: adds `each` times one pixel to a number of each channel.
+template <typename T>
+CM_CLONES void mean_last(const T* __restrict x, float* __restrict mean, float each, int64_t channels, bool pairs) {
+  if constexpr (std::is_same_v<T, Bf16>) {
+    if (pairs) {
+      const int64_t half = channels / 2;
+      for (int64_t c = 0; c < half; ++c) {
+        const Pair value = load_pair(x + 2 * c);
+        mean[c] += each * value.first;
+        mean[half + c] += each * value.second;
+      }
+      return;
+    }
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    mean[c] += each * load(x + c);
   }
 }
 

@@ -407,6 +407,37 @@ mod tests {
         }
     }
 
+    /// Bytes of this process in memory.
+    #[cfg(target_os = "linux")]
+    fn resident() -> i64 {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        status_bytes(&status, "VmRSS:").unwrap() as i64
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn memory_that_was_given_back_is_taken_again_and_bounded() {
+        keep_memory();
+        let full = |size: i64| Tensor::full([size], 7, (Kind::Uint8, Device::Cpu));
+        // A size that no other test asks for.
+        let place = full(1_234_567).data_ptr();
+        assert_eq!(full(1_234_567).data_ptr(), place);
+        let sizes = [1, 63, 64, 65, 4095, 4096, 4097, 1 << 20, (1 << 20) + 1, 40 << 20];
+        let all: Vec<Tensor> = sizes.iter().map(|&size| full(size)).collect();
+        for (tensor, size) in all.iter().zip(sizes) {
+            assert_eq!(tensor.data_ptr() as usize % 64, 0);
+            assert_eq!(tensor.sum(Kind::Int64).int64_value(&[]), 7 * size);
+        }
+        std::thread::spawn(move || drop(all)).join().unwrap();
+        let before = resident();
+        for i in 0..60 {
+            drop(full((16 << 20) + (i << 20)));
+        }
+        // Three gigabytes in sizes that are all different; a hundred megabytes at once.
+        let grown = resident() - before;
+        assert!(grown < 500 << 20, "{grown} bytes more");
+    }
+
     #[test]
     fn a_missing_cuda_device_says_why() {
         // No machine has this many devices, so this fails everywhere; where there is no CUDA at all, earlier.

@@ -1,4 +1,4 @@
-//! The border to `shim/fused.cpp` and `shim/packed.cpp`.
+//! The border to `shim/fused.cpp`, `shim/conv.cpp` and `shim/packed.cpp`.
 
 use std::ffi::{c_char, c_int, c_void};
 use std::ptr::NonNull;
@@ -26,6 +26,12 @@ unsafe extern "C" {
         a: *const C_tensor,
         b: *const C_tensor,
         scale: f64,
+        y: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    fn cm_tile_conv(
+        x: *const C_tensor,
+        weight: *const C_tensor,
+        bias: *const C_tensor,
         y: *mut *mut C_tensor,
     ) -> *mut c_char;
 
@@ -89,6 +95,16 @@ pub(crate) fn scaled_sum(a: &Tensor, b: &Tensor, scale: f64) -> Result<Option<Te
     // SAFETY: as in `norm`.
     unsafe {
         check(cm_scaled_sum(a.as_ptr(), b.as_ptr(), scale, &mut out))?;
+        Ok((!out.is_null()).then(|| Tensor::from_ptr(out)))
+    }
+}
+
+/// A convolution for training, or `None` where its gradient is not one for the tiles.
+pub(crate) fn tile_conv(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Option<Tensor>> {
+    let mut out = std::ptr::null_mut();
+    // SAFETY: as in `norm`.
+    unsafe {
+        check(cm_tile_conv(x.as_ptr(), weight.as_ptr(), bias.as_ptr(), &mut out))?;
         Ok((!out.is_null()).then(|| Tensor::from_ptr(out)))
     }
 }
