@@ -78,3 +78,13 @@ pub fn safetensors(bytes: &[u8]) {
 pub fn torch(bytes: &[u8]) {
     cm_net::import::read_torch(&file("a.pt", bytes)).err().into_iter().for_each(one_line);
 }
+
+/// An experiment in TOML.
+pub fn config(bytes: &[u8]) {
+    cm_cli::outside::experiment(file("x.toml", bytes)).into_iter().for_each(one_line);
+}
+
+/// Arguments of the command that have a grammar.
+pub fn arguments(bytes: &[u8]) {
+    cm_cli::outside::arguments(&String::from_utf8_lossy(bytes)).into_iter().for_each(one_line);
+}

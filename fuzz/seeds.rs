@@ -69,6 +69,25 @@ pub fn write(target: &str) {
             write("packed", &gz(&idx()));
         }
         "zip" => write("images", &zip()),
+        "config" => {
+            for name in ["digits-ct", "digits-ect", "digits-pd", "cifar10-cd"] {
+                let place = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../configs/{name}.toml"));
+                write(name, &fs::read(place).expect("an experiment"));
+            }
+        }
+        "arguments" => {
+            let texts = [
+                "0-63",
+                "1,5,9-12",
+                "cuda:1",
+                "train.lr=1e-4",
+                "train.metric={kind='pseudo_huber', c=0.01}",
+                "network.channel_mult=[1, 2]",
+                "train.lr=1e-3,5e-4",
+                "train.metric=l2,{kind='huber', c=0.01}",
+            ];
+            texts.iter().enumerate().for_each(|(i, text)| write(&i.to_string(), text.as_bytes()));
+        }
         "lmdb" => write("images", include_bytes!("../crates/cm-data/tests/fixtures/images.mdb")),
         "image" => write("png", &png()),
         "safetensors" => {

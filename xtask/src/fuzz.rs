@@ -11,7 +11,7 @@ use crate::runner::{code_of, status_of};
 use crate::{setup, tools};
 
 /// What there is to fuzz, each with the longest input that is of use.
-const TARGETS: [(&str, u32); 8] = [
+const TARGETS: [(&str, u32); 10] = [
     ("cifar", 1 << 16),
     ("idx", 1 << 12),
     ("npz", 1 << 12),
@@ -20,6 +20,8 @@ const TARGETS: [(&str, u32); 8] = [
     ("image", 1 << 12),
     ("safetensors", 1 << 13),
     ("torch", 1 << 14),
+    ("config", 1 << 12),
+    ("arguments", 1 << 7),
 ];
 
 /// Their names.

@@ -1,4 +1,5 @@
-//! The command `cm`: train, sample and inspect consistency models.
+//! What the command `cm` does: train, sample and inspect consistency models. The program is [`main`]; libraries to build
+//! upon are the other crates.
 
 // This is the one place of the project that talks to a terminal.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
@@ -13,6 +14,8 @@ mod experiment;
 mod hostile;
 mod lpips;
 mod net;
+#[doc(hidden)]
+pub mod outside;
 mod pictures;
 #[cfg(test)]
 mod published;
@@ -28,7 +31,8 @@ use std::process::ExitCode;
 use args::{Cli, Command};
 use clap::Parser;
 
-fn main() -> ExitCode {
+/// Runs the command that this process was given, and says what its exit code is.
+pub fn main() -> ExitCode {
     let command = Cli::parse().command;
     keep_memory();
     std::panic::set_hook(Box::new(|panic| eprintln!("error: {}", exit::panic_line(panic))));

@@ -1,0 +1,5 @@
+//! The command `cm`.
+
+fn main() -> std::process::ExitCode {
+    cm_cli::main()
+}
