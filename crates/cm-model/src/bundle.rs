@@ -1,5 +1,6 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
+use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
 use safetensors::{Dtype, SafeTensors, View, serialize_to_file};
@@ -26,7 +27,19 @@ impl Bundle {
     /// # Errors
     /// [`Error::Io`] if the file cannot be read; [`Error::File`] if it is not a whole safetensors file.
     pub fn read(path: &Path) -> Result<Self> {
-        Self::from_bytes(&std::fs::read(path).map_err(|e| Error::io(path, "reading", e))?, path)
+        let (metadata, places) = Self::read_places(path)?;
+        let mut file = std::fs::File::open(path).map_err(|e| Error::io(path, "opening", e))?;
+        let mut tensors = TensorMap::new();
+        // One after the other: the file is never in memory beside its tensors.
+        let mut bytes = Vec::new();
+        for Place { name, shape, dtype, begin, length } in places {
+            bytes.resize(length, 0);
+            let read = file.seek(SeekFrom::Start(begin)).and_then(|_| file.read_exact(&mut bytes));
+            read.map_err(|e| Error::io(path, "reading", e))?;
+            let tensor = tensor_of(path, &name, (&shape, dtype), &bytes)?;
+            tensors.insert(name, tensor);
+        }
+        Ok(Self { tensors, metadata })
     }
 
     /// Reads what a file holds out of memory; errors call it `path`.
@@ -37,7 +50,7 @@ impl Bundle {
         let broken = |e: safetensors::SafeTensorError| Error::File {
             path: path.into(),
             problem: format!(
-                "not a whole safetensors file ({}; {} bytes); if it was copied or downloaded, do so again",
+                "not a whole safetensors file ({}; {} bytes); {AGAIN}",
                 short_to(&e.to_string(), 200),
                 bytes.len()
             ),
@@ -47,19 +60,7 @@ impl Bundle {
         let views = SafeTensors::deserialize(bytes).map_err(broken)?;
         let mut tensors = TensorMap::new();
         for (name, view) in views.iter() {
-            let kind = kind_of(view.dtype()).ok_or_else(|| Error::File {
-                path: path.into(),
-                problem: format!(
-                    "tensor '{}' has dtype {:?}, which is not supported",
-                    short(name),
-                    view.dtype()
-                ),
-            })?;
-            let size: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
-            let tensor = tensor_from_bytes(view.data(), &size, kind).map_err(|e| Error::File {
-                path: path.into(),
-                problem: format!("tensor '{}' of shape {size:?} cannot be made: {e}", short(name)),
-            })?;
+            let tensor = tensor_of(path, name, (view.shape(), view.dtype()), view.data())?;
             tensors.insert(name.to_owned(), tensor);
         }
         Ok(Self { tensors, metadata })
@@ -70,51 +71,61 @@ impl Bundle {
     /// # Errors
     /// As [`Bundle::read`].
     pub fn read_header(path: &Path) -> Result<(BTreeMap<String, String>, Vec<TensorInfo>)> {
-        use std::io::Read;
+        let (metadata, places) = Self::read_places(path)?;
+        let info = |place: Place| {
+            let shape = place.shape.iter().map(|&n| n as i64).collect();
+            (place.name, shape, format!("{:?}", place.dtype))
+        };
+        let mut tensors: Vec<_> = places.into_iter().map(info).collect();
+        tensors.sort();
+        Ok((metadata, tensors))
+    }
+
+    /// The text of a file, and where its tensors lie: one behind the other, up to its end.
+    fn read_places(path: &Path) -> Result<(BTreeMap<String, String>, Vec<Place>)> {
         let problem = |problem: String| Error::File { path: path.into(), problem };
-        let mut file = std::fs::File::open(path).map_err(|e| Error::io(path, "opening", e))?;
+        let mut file = std::fs::File::open(path).map_err(|e| Error::io(path, "reading", e))?;
         let total = file.metadata().map_err(|e| Error::io(path, "reading", e))?.len();
         let mut length = [0u8; 8];
         file.read_exact(&mut length)
-            .map_err(|_| problem(format!("not a safetensors file ({total} bytes)")))?;
+            .map_err(|_| problem(format!("not a whole safetensors file ({total} bytes)")))?;
         let length = u64::from_le_bytes(length);
         if length > total.saturating_sub(8) || length > 100_000_000 {
             return Err(problem(format!(
-                "not a whole safetensors file (its head claims {length} bytes, the file has {total})"
+                "not a whole safetensors file (its head claims {length} bytes, the file has {total}); {AGAIN}"
             )));
         }
         let mut head = vec![0u8; length as usize];
         file.read_exact(&mut head).map_err(|e| Error::io(path, "reading", e))?;
         let header: safetensors::tensor::Metadata = serde_json::from_slice(&head).map_err(|e| {
             let e = short_to(&e.to_string(), 200);
-            problem(format!("not a safetensors file ({e})"))
+            problem(format!("not a whole safetensors file ({e}); {AGAIN}"))
         })?;
-        let mut end = 0u64;
-        for (name, info) in header.tensors() {
-            let claimed = claimed_bytes(info).ok_or_else(|| {
+        let mut found: Vec<_> = header.tensors().into_iter().collect();
+        found.sort_by_key(|(_, info)| info.data_offsets);
+        let mut places = Vec::with_capacity(found.len());
+        let (begin, mut end) = (8 + length, 0);
+        for (name, info) in found {
+            let length = claimed_bytes(info).filter(|_| info.data_offsets.0 == end).ok_or_else(|| {
                 problem(format!(
-                    "tensor '{}' of shape {:?} is not {:?} bytes long",
+                    "tensor '{}' of shape {:?} is not at {:?}, behind the one before",
                     short(&name),
                     info.shape,
                     info.data_offsets
                 ))
             })?;
-            end = end.saturating_add(claimed);
+            let begin = begin.saturating_add(end as u64);
+            places.push(Place { name, shape: info.shape.clone(), dtype: info.dtype, begin, length });
+            end += length;
         }
-        if total != (8 + length).saturating_add(end) {
-            let says = (8 + length).saturating_add(end);
-            return Err(problem(format!("truncated: {total} bytes, its header says {says}")));
+        let says = begin.saturating_add(end as u64);
+        if total != says {
+            return Err(problem(format!(
+                "not a whole safetensors file: {total} bytes, its header says {says}; {AGAIN}"
+            )));
         }
         let metadata = header.metadata().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect();
-        let mut tensors: Vec<_> = header
-            .tensors()
-            .into_iter()
-            .map(|(name, info)| {
-                (name, info.shape.iter().map(|&n| n as i64).collect(), format!("{:?}", info.dtype))
-            })
-            .collect();
-        tensors.sort();
-        Ok((metadata, tensors))
+        Ok((metadata, places))
     }
 
     /// Writes the file whole or not at all.
@@ -126,12 +137,23 @@ impl Bundle {
     }
 }
 
+const AGAIN: &str = "if it was copied or downloaded, do so again";
+
+/// Where a tensor lies in a file, in bytes.
+struct Place {
+    name: String,
+    shape: Vec<usize>,
+    dtype: Dtype,
+    begin: u64,
+    length: usize,
+}
+
 /// The bytes of a tensor, if its shape has as many as its place in the file.
-fn claimed_bytes(info: &safetensors::tensor::TensorInfo) -> Option<u64> {
+fn claimed_bytes(info: &safetensors::tensor::TensorInfo) -> Option<usize> {
     let numel = info.shape.iter().try_fold(1usize, |product, &side| product.checked_mul(side))?;
     let bytes = numel.checked_mul(info.dtype.bitsize())?.div_ceil(8);
     let (start, end) = info.data_offsets;
-    (end.checked_sub(start) == Some(bytes)).then_some(bytes as u64)
+    (end.checked_sub(start) == Some(bytes)).then_some(bytes)
 }
 
 /// Writes tensors without collecting them into a [`Bundle`] first; see [`Bundle::write`].
@@ -194,6 +216,17 @@ pub fn tensor_bytes(tensor: &Tensor) -> Vec<u8> {
     let mut bytes = vec![0; flat.numel() * flat.kind().elt_size_in_bytes()];
     flat.copy_data_u8(&mut bytes, flat.numel());
     bytes
+}
+
+/// A tensor out of its bytes; errors name the file.
+fn tensor_of(path: &Path, name: &str, (shape, dtype): (&[usize], Dtype), bytes: &[u8]) -> Result<Tensor> {
+    let problem = |problem: String| Error::File { path: path.into(), problem };
+    let kind = kind_of(dtype).ok_or_else(|| {
+        problem(format!("tensor '{}' has dtype {dtype:?}, which is not supported", short(name)))
+    })?;
+    let size: Vec<i64> = shape.iter().map(|&n| n as i64).collect();
+    tensor_from_bytes(bytes, &size, kind)
+        .map_err(|e| problem(format!("tensor '{}' of shape {size:?} cannot be made: {e}", short(name))))
 }
 
 fn tensor_from_bytes(bytes: &[u8], size: &[i64], kind: Kind) -> Result<Tensor> {

@@ -251,6 +251,22 @@ impl Params {
         Ok(())
     }
 
+    /// [`load`](Self::load) of tensors that nobody else uses: those on the CPU with the right dtype are taken as they are,
+    /// without a copy. The parameters, which may be shapes alone ([`ParamsBuilder::shapes`]), must be on the CPU.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn adopt(&self, mut tensors: TensorMap, cast: Cast) -> Result<()> {
+        self.check(&tensors, cast)?;
+        let _no_grad = tch::no_grad_guard();
+        for (name, tensor) in self.iter() {
+            let Some(value) = tensors.remove(name) else { continue };
+            let value = value.f_detach()?.f_to_device(Device::Cpu)?.f_to_kind(tensor.kind())?;
+            tensor.shallow_clone().set_data(&value);
+        }
+        Ok(())
+    }
+
     /// Says whether [`Params::load`] would take `tensors`, and loads nothing.
     ///
     /// # Errors

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use cm_model::{
     Backbone, Bundle, Cast, Cond, ConsistencyFn, Denoiser, Error, GaussianOracle, ImageShape, Init, Mode,
-    NoiseSource, Params, ParamsBuilder, Philox, Preconditioned, Recorded, Sigma, Site, files,
+    NoiseSource, Params, ParamsBuilder, Philox, Preconditioned, Recorded, Sigma, Site, TensorMap, files,
 };
 use cm_schedule::{Boundary, Edm, NoiseCond, Purpose, SigmaRange};
 use tch::{Device, Kind, Tensor};
@@ -134,6 +134,27 @@ fn weights_start_from_their_name_and_load_strictly() {
     let builder = ParamsBuilder::new(0, Device::Cpu);
     assert_eq!(builder.root().param("w", &[1], Init::Zeros).unwrap().size(), [1]);
     assert!(matches!(builder.root().param("w", &[1], Init::Zeros), Err(Error::DuplicateParameter(_))));
+}
+
+#[test]
+fn adopted_weights_are_what_the_layers_compute_with() {
+    let (a, b) = (Pixelwise::new(1), Pixelwise::new(2));
+    let wrong = TensorMap::from([("conv.weight".to_owned(), Tensor::zeros([1], (Kind::Float, Device::Cpu)))]);
+    let before = b.weight.copy();
+    assert!(b.params.adopt(wrong, Cast::Floats).is_err());
+    assert_eq!(max_difference(&b.weight, &before), 0.0);
+    let values = a.params.snapshot();
+    let place = values["conv.weight"].data_ptr();
+    b.params.adopt(values, Cast::Never).unwrap();
+    assert_eq!((max_difference(&a.weight, &b.weight), b.weight.data_ptr()), (0.0, place));
+    // Shapes alone, and another dtype.
+    let half: TensorMap =
+        a.params.snapshot().into_iter().map(|(name, t)| (name, t.to_kind(Kind::Half))).collect();
+    let builder = ParamsBuilder::shapes();
+    let weight = builder.root().sub("conv").param("weight", &[2, 2, 1, 1], Init::Zeros).unwrap();
+    builder.finish().adopt(half, Cast::Floats).unwrap();
+    assert_eq!((weight.kind(), weight.is_contiguous()), (Kind::Float, true));
+    assert!(max_difference(&a.weight, &weight) < 1e-3);
 }
 
 #[test]

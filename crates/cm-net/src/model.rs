@@ -169,6 +169,25 @@ impl ModelSpec {
             ))),
         }
     }
+
+    /// A network with weights as the model that is described.
+    fn model(&self, net: Box<dyn Backbone + Send>, compute: Compute) -> Result<Model> {
+        // On CPUs weights are put into the order of the kernels in any case.
+        if compute.channels_last && net.params().device().is_cuda() {
+            net.params().to_channels_last();
+        }
+        let sigma_range = self.precond.sigma_range()?;
+        Ok(match self.role {
+            Role::Denoiser => {
+                let precond = self.precond.edm()?;
+                Model::Denoiser(Box::new(Preconditioned { net, precond, sigma_range, compute }))
+            }
+            Role::Consistency => {
+                let precond = self.precond.boundary()?;
+                Model::Consistency(Box::new(Preconditioned { net, precond, sigma_range, compute }))
+            }
+        })
+    }
 }
 
 /// Writes weights and buffers with their description, whole or not at all.
@@ -243,21 +262,25 @@ impl ModelFile {
     /// # Errors
     /// As [`ModelFile::backbone`].
     pub fn model(&self, device: Device, compute: Compute) -> Result<Model> {
-        let (net, precond) = (self.backbone(device)?, &self.spec.precond);
-        if compute.channels_last {
-            net.params().to_channels_last();
+        self.spec.model(self.backbone(device)?, compute)
+    }
+
+    /// [`model`](Self::model) of a file that is not needed any longer, and what it says about itself: on a CPU the
+    /// weights are in memory once.
+    ///
+    /// # Errors
+    /// As [`ModelFile::backbone`].
+    pub fn into_model(self, device: Device, compute: Compute) -> Result<(ModelSpec, Model)> {
+        if device != Device::Cpu {
+            let model = self.model(device, compute)?;
+            return Ok((self.spec, model));
         }
-        let sigma_range = precond.sigma_range()?;
-        Ok(match self.spec.role {
-            Role::Denoiser => {
-                let precond = precond.edm()?;
-                Model::Denoiser(Box::new(Preconditioned { net, precond, sigma_range, compute }))
-            }
-            Role::Consistency => {
-                let precond = precond.boundary()?;
-                Model::Consistency(Box::new(Preconditioned { net, precond, sigma_range, compute }))
-            }
-        })
+        let Self { path, spec, tensors } = self;
+        let net = built(&path, &spec.net, ParamsBuilder::shapes())?;
+        net.params().set_requires_grad(false);
+        net.params().adopt(tensors, Cast::Floats).map_err(|source| Error::Weights { path, source })?;
+        let model = spec.model(net, compute)?;
+        Ok((spec, model))
     }
 }
 
@@ -348,7 +371,7 @@ impl Model {
 /// # Errors
 /// As [`ModelFile::read`] and [`ModelFile::backbone`].
 pub fn load(path: &Path, device: Device) -> Result<Model> {
-    ModelFile::read(path)?.model(device, Compute::default())
+    Ok(ModelFile::read(path)?.into_model(device, Compute::default())?.1)
 }
 
 /// The network that a file describes; errors name the file.

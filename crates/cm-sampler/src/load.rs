@@ -67,5 +67,5 @@ pub fn load_as(path: impl AsRef<Path>, kind: Kind, device: Device) -> Result<Mod
 }
 
 fn open(path: &Path, kind: Option<Kind>, device: Device) -> Result<Model> {
-    Ok(import::load_any(path, kind)?.model(device, Compute::default())?)
+    Ok(import::load_any(path, kind)?.into_model(device, Compute::default())?.1)
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use super::Race;
-use super::report::Entry;
+use super::report::{Entry, spread};
 use super::rows::{self, Measure, Row, target};
 use super::side::with_threads;
 
@@ -19,13 +19,17 @@ const PATIENCE: Duration = Duration::from_secs(120);
 pub fn measure(race: &Race, letters: &[&'static str]) -> Result<Vec<Entry>> {
     let row = row()?;
     let folder = race.shared.join("first");
-    let mut rates = vec![Vec::new(); letters.len() + 1];
+    let mut own = vec!["fp32"];
+    if race.args.dtype == "bf16" {
+        own.push("bf16");
+    }
+    let mut rates = vec![Vec::new(); own.len() + letters.len()];
     // The first round of each fills the page cache and does not count.
     for round in 0..=race.args.pairs {
         for (index, rate) in rates.iter_mut().enumerate() {
-            let (mut command, png) = match index {
-                0 => ours(race, &folder),
-                _ => theirs(race, letters[index - 1], &folder),
+            let (mut command, png) = match own.get(index) {
+                Some(dtype) => ours(race, dtype, &folder),
+                None => theirs(race, letters[index - own.len()], &folder),
             };
             let seconds = until(&mut command, &png)?;
             if round > 0 {
@@ -36,20 +40,31 @@ pub fn measure(race: &Race, letters: &[&'static str]) -> Result<Vec<Entry>> {
     let entry = |(index, letter): (usize, &&'static str)| {
         let target = target(race.args.size, race.has_gpu(), &row, Measure::Speed, letter);
         let theirs = if *letter == "a" { "fp32" } else { &race.args.dtype };
-        let dtypes = ["fp32".to_owned(), theirs.to_owned()];
-        Entry::of_rates(row.unit, letter, dtypes, [&rates[0], &rates[index + 1]], target)
+        // That which is run as it comes meets the faster of ours, the tuned that of its dtype.
+        let ours = match *letter {
+            "a" => opponent_of_a(&rates[..own.len()]),
+            _ => own.len() - 1,
+        };
+        let dtypes = [own[ours].to_owned(), theirs.to_owned()];
+        Entry::of_rates(row.unit, letter, dtypes, [&rates[ours], &rates[own.len() + index]], target)
     };
     Ok(letters.iter().enumerate().map(entry).collect())
+}
+
+fn opponent_of_a(own: &[Vec<f64>]) -> usize {
+    let median = |rates: &[f64]| spread(rates)[0];
+    usize::from(own.len() > 1 && median(&own[1]) > median(&own[0]))
 }
 
 fn row() -> Result<Row> {
     rows::chosen(rows::Size::Tiny, &[rows::COLD_START.to_owned()])?.pop().context("the row of cold starts")
 }
 
-fn ours(race: &Race, folder: &Path) -> (Command, PathBuf) {
+fn ours(race: &Race, dtype: &str, folder: &Path) -> (Command, PathBuf) {
     let mut command = Command::new(&race.cm);
     command.arg("sample").arg(race.shared.join("ct-weights.safetensors"));
-    command.args(["--seeds", "0", "--batch", "1", "--device", &race.args.device]).arg("--out").arg(folder);
+    command.args(["--seeds", "0", "--batch", "1", "--device", &race.args.device]);
+    command.args(["--dtype", if dtype == "fp32" { "f32" } else { dtype }]).arg("--out").arg(folder);
     (with_threads(command, race.threads), folder.join("000000.png"))
 }
 

@@ -96,7 +96,7 @@ fn check(args: &RaceArgs) -> Result<()> {
 
 impl Race {
     fn write_files(&self, rows: &[Row]) -> Result<()> {
-        let mut names: Vec<&str> = rows.iter().map(Row::files).collect();
+        let mut names: Vec<&str> = rows.iter().map(Row::work).collect();
         names.sort_unstable();
         names.dedup();
         let mut command = side::ours(self, "fp32");
@@ -142,26 +142,31 @@ impl Race {
         let mut sides = Vec::new();
         for (name, dtype) in self.own_sides(row) {
             let mut ours = Side::start(&mut side::ours(self, dtype), name, &self.shared)?;
-            ours.prepare(row.name)?;
+            ours.prepare(row.work())?;
             sides.push(ours);
         }
         let own = sides.len();
         for letter in letters {
             let mut peer = Side::start(&mut side::peer(self, letter), letter, &self.shared)?;
-            peer.prepare(row.name).with_context(|| format!("peer {letter}"))?;
+            peer.prepare(row.work()).with_context(|| format!("peer {letter}"))?;
             if !row.has_network {
                 peer.dtype = "fp32".to_owned();
             }
             sides.push(peer);
         }
-        agree(row, &mut sides)?;
+        let answers = agree(row, &mut sides)?;
         let rates = self.turns(&mut sides)?;
         let mut entries: Vec<Entry> = (own..sides.len())
             .map(|peer| {
                 let target = target(self.args.size, self.has_gpu(), row, Measure::Speed, &sides[peer].name);
-                Entry::of_speed(row, &sides, opponent(&sides[peer], &rates[..own]), peer, &rates, target)
+                let ours = if row.name == rows::REDUCED { 0 } else { opponent(&sides[peer], &rates[..own]) };
+                Entry::of_speed(row, &sides, ours, peer, &rates, target)
             })
             .collect();
+        if let (rows::REDUCED, Some(distance)) = (row.name, answers[0]["distance"].as_f64()) {
+            let loss = format!("samples differ by {:.2} % from float32's", 100.0 * distance);
+            entries.iter_mut().for_each(|entry| entry.note = Some(loss.clone()));
+        }
         drop(sides);
         if row.measures_memory {
             entries.extend(self.memory(row, letters)?);
@@ -203,7 +208,7 @@ impl Race {
     /// The peak memory of a process that does nothing but this row.
     fn memory(&self, row: &Row, letters: &[&'static str]) -> Result<Vec<Entry>> {
         let peak = |mut side: Side| -> Result<f64> {
-            side.prepare(row.name)?;
+            side.prepare(row.work())?;
             side.run(2)?;
             side.memory()
         };
@@ -228,8 +233,8 @@ fn opponent(peer: &Side, own: &[Vec<f64>]) -> usize {
 }
 
 /// All sides have computed the same before any clock starts: in float32 closely, in lower precision as closely as that
-/// allows.
-fn agree(row: &Row, sides: &mut [Side]) -> Result<()> {
+/// allows. Returns what each has computed.
+fn agree(row: &Row, sides: &mut [Side]) -> Result<Vec<Value>> {
     let answers = sides.iter_mut().map(Side::check).collect::<Result<Vec<Value>>>()?;
     let exact = std::iter::zip(sides.iter(), &answers).find(|(side, _)| side.dtype == "fp32");
     let (_, exact) = exact.context("no side computes in float32")?;
@@ -239,5 +244,5 @@ fn agree(row: &Row, sides: &mut [Side]) -> Result<()> {
             format!("{}: {} in {} computes something else", row.name, side.name, side.dtype)
         })?;
     }
-    Ok(())
+    Ok(answers)
 }

@@ -23,6 +23,8 @@ pub struct Entry {
     ours: (f64, String),
     theirs: (f64, String),
     unit: &'static str,
+    /// What else is to be said of it.
+    pub note: Option<String>,
 }
 
 impl Entry {
@@ -56,6 +58,7 @@ impl Entry {
             ours: (spread(rates[0])[0], ours),
             theirs: (spread(rates[1])[0], theirs),
             unit,
+            note: None,
         }
     }
 
@@ -70,6 +73,7 @@ impl Entry {
             ours: (ours / 1e6, dtype.to_owned()),
             theirs: (theirs / 1e6, of_peer.to_owned()),
             unit: "MB",
+            note: None,
         }
     }
 
@@ -80,12 +84,13 @@ impl Entry {
         })
     }
 
-    fn verdict(&self) -> &'static str {
-        match self.holds() {
+    fn verdict(&self) -> String {
+        let word = match self.holds() {
             Some(true) => "holds",
             Some(false) => "misses",
             None => "reported",
-        }
+        };
+        self.note.as_ref().map_or(word.to_owned(), |note| format!("{word}; {note}"))
     }
 
     fn aim(&self) -> String {
@@ -138,6 +143,7 @@ impl Entry {
             "row": row,
             "measure": if self.measure == Measure::Speed { "speed" } else { "memory" },
             "against": self.peer,
+            "note": self.note,
             "ratio": self.ratio[0],
             "lowest": self.ratio[1],
             "highest": self.ratio[2],

@@ -8,6 +8,8 @@ use serde_json::Value;
 pub const PAIRS: usize = 7;
 /// The row that starts processes of its own.
 pub const COLD_START: &str = "cold-start";
+/// The row of lower precision, whatever the peers compute in.
+pub const REDUCED: &str = "reduced";
 
 /// Sizes of the race.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -45,9 +47,13 @@ pub struct Row {
 }
 
 impl Row {
-    /// The row whose files it reads.
-    pub fn files(&self) -> &'static str {
-        if self.name == COLD_START { "sample-1" } else { self.name }
+    /// The row whose work it is, and whose files it reads.
+    pub fn work(&self) -> &'static str {
+        match self.name {
+            COLD_START => "sample-1",
+            REDUCED => "sample-16",
+            name => name,
+        }
     }
 
     fn trains(&self) -> bool {
@@ -72,7 +78,7 @@ const fn with_diffusers(name: &'static str, about: &'static str) -> Row {
 }
 
 /// Every row, in the order of the table.
-const ROWS: [Row; 16] = [
+const ROWS: [Row; 17] = [
     training("ct", "one CT step"),
     training("cd-heun", "one CD step with Heun"),
     training("ect", "one ECT step"),
@@ -80,6 +86,7 @@ const ROWS: [Row; 16] = [
     sampling("sample-1", "one-step sampling, batch 1"),
     sampling("sample-16", "one-step sampling, batch 16"),
     sampling("sample-64", "one-step sampling, batch 64"),
+    sampling(REDUCED, "one-step sampling in bfloat16, weights packed once, batch 16"),
     with_diffusers("adm-1", "one-step sampling of an ADM U-Net, batch 1"),
     with_diffusers("adm-16", "one-step sampling of an ADM U-Net, batch 16"),
     sampling("heun-18", "EDM Heun, 18 steps"),
@@ -142,6 +149,7 @@ pub fn target(size: Size, gpu: bool, row: &Row, measure: Measure, peer: &str) ->
         (_, Size::Cifar10, "sample-1") if gpu => both(4.0, 2.0),
         (_, Size::Cifar10, "sample-1") => both(1.7, 1.05),
         (_, Size::Cifar10, "sample-16") if !gpu => both(2.1, 1.05),
+        (_, Size::Cifar10, REDUCED) if !gpu => both(3.0, 1.4),
         (_, Size::Cifar10, "update") => both(5.0, 1.5),
         (_, Size::Cifar10, COLD_START) if !gpu => both(3.0, 3.0),
         (_, Size::Tiny, COLD_START) if !gpu => both(5.0, 5.0),

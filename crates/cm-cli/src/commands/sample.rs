@@ -29,16 +29,16 @@ pub fn sample(args: &SampleArgs, ranks: &Ranks) -> Outcome {
     let device = ranks.device(&args.device).or_usage()?;
     let file = source.read().or_usage()?;
     let path = source.path.display();
-    let model = file.model(device, args.dtype.compute()).or_usage()?;
-    let labels = labels(args, file.spec.net.num_classes()).or_usage()?;
-    let guided = guided(args, &model, &file.spec).with_context(|| path.to_string()).or_usage()?;
+    ranks.agree_on(|| settings_of(args, &file)).or_usage()?;
+    let (spec, model) = file.into_model(device, args.dtype.compute()).or_usage()?;
+    let labels = labels(args, spec.net.num_classes()).or_usage()?;
+    let guided = guided(args, &model, &spec).with_context(|| path.to_string()).or_usage()?;
     let model = guided.as_ref().map_or(ModelRef::from(&model), |guided| ModelRef::Denoiser(guided));
-    let steps = steps(args, &file.spec).or_usage()?;
+    let steps = steps(args, &spec).or_usage()?;
     let method = Method::new(model, &steps).with_context(|| path.to_string()).or_usage()?;
     let seeds = &args.seeds.0;
     let request =
         Request { labels: labels.as_deref(), batch: args.batch, clip: !args.no_clip, ..Request::new(seeds) };
-    ranks.agree_on(|| settings_of(args, &file)).or_usage()?;
     if ranks.group.is_first() {
         // A folder that cannot be is found before the work.
         let out = args.out.display();
@@ -46,7 +46,7 @@ pub fn sample(args: &SampleArgs, ranks: &Ranks) -> Outcome {
             .with_context(|| format!("{out}: creating the folder"))
             .or_usage()?;
     }
-    ui::say(&format!("model: {path} ({} parameters)", file.spec.net.num_parameters()?));
+    ui::say(&format!("model: {path} ({} parameters)", spec.net.num_parameters()?));
     let pixels = draw(&method, &request, ranks)?;
     if ranks.group.is_first() {
         let _busy = ranks.group.busy();
@@ -114,13 +114,12 @@ pub fn each_batch(
     let source = ModelSource::find(&args.model, args.kind.as_deref(), args.ema.as_deref())?;
     // What `auto` chooses has been said.
     let device = ranks.device_again(&args.device)?;
-    let file = source.read()?;
-    let model = file.model(device, args.dtype.compute())?;
-    let labels = labels(args, file.spec.net.num_classes())?;
+    let (spec, model) = source.read()?.into_model(device, args.dtype.compute())?;
+    let labels = labels(args, spec.net.num_classes())?;
     let name = || source.path.display().to_string();
-    let guided = guided(args, &model, &file.spec).with_context(name)?;
+    let guided = guided(args, &model, &spec).with_context(name)?;
     let model = guided.as_ref().map_or(ModelRef::from(&model), |guided| ModelRef::Denoiser(guided));
-    let method = Method::new(model, &steps(args, &file.spec)?).with_context(name)?;
+    let method = Method::new(model, &steps(args, &spec)?).with_context(name)?;
     let share = Share::of(&args.seeds.0, labels.as_deref(), args.batch, ranks);
     if share.seeds.is_empty() {
         return Ok(());

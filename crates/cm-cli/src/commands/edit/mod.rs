@@ -49,11 +49,10 @@ impl Loaded {
         let source = ModelSource::find(&common.model, common.kind.as_deref(), common.ema.as_deref())?;
         let path = source.path.display();
         let device = session::device(&common.device)?;
-        let file = source.read()?;
-        let model = file.model(device, common.dtype.compute())?;
+        let (spec, model) = source.read()?.into_model(device, common.dtype.compute())?;
         model.consistency().with_context(|| format!("{path}: edits need a consistency model"))?;
-        eprintln!("model: {path} ({} parameters)", file.spec.net.num_parameters()?);
-        Ok(Self { model, rho: file.spec.precond.rho })
+        eprintln!("model: {path} ({} parameters)", spec.net.num_parameters()?);
+        Ok(Self { model, rho: spec.precond.rho })
     }
 
     fn f(&self) -> Result<&dyn ConsistencyFn> {
