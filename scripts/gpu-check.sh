@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Checks on a GPU what cannot be checked without one: libcm_cuda.so and, through NCCL, ranks on GPUs. Builds nothing.
+# Checks on a GPU what cannot be checked without one: libcm_cuda.so, with it ranks on GPUs, through NCCL, and sampling by
+# CUDA graphs. Builds nothing.
 #
 #   scripts/gpu-check.sh CM [OUT]
 #
@@ -13,7 +14,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 if [ $# -lt 1 ]; then
-    sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,13s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 cm=$1 out=${2:-out/gpu-check} device=${DEVICE:-cuda}
@@ -93,5 +94,38 @@ if [ "$device" != cpu ]; then
     [ $code -ne 0 ] && grep -q 'start no more ranks on it than that' "$out/too-many.txt"
     verdict too-many $? "$(grep -m 1 LOCAL_RANK "$out/too-many.txt" || last "$out/too-many.txt")"
 fi
+
+# sample NAME OPTIONS: three batches of one size and one of another, at one step and at several noise levels.
+sample() {
+    local name=$1
+    shift
+    "$cm" sample "$out/plain" --seeds 0-99 --batch 32 --device "$device" --out "$out/$name" "$@" >"$out/$name.txt" 2>&1
+}
+
+# pixels A B: how many of the pictures of one folder have other bytes in the other, and how long both took.
+pixels() {
+    local differ=0 all=0 file
+    for file in "$out/$1"/*.png; do
+        all=$((all + 1))
+        cmp -s "$file" "$out/$2/$(basename "$file")" || differ=$((differ + 1))
+    done
+    echo "$differ of $all pictures differ; $(grep 'images in' "$out/$1.txt"), against $(grep 'images in' "$out/$2.txt")"
+    [ "$all" -gt 0 ] && [ "$differ" -eq 0 ]
+}
+
+for kind in f32 bf16; do
+    for steps in "" "--sampler multistep --sigmas 80,2.0,0.8"; do
+        name=graph-$kind${steps:+-multistep}
+        # shellcheck disable=SC2086
+        sample "plain-$name" --dtype $kind $steps
+        # shellcheck disable=SC2086
+        if sample "$name" --dtype $kind $steps --cuda-graph; then
+            said=$(pixels "$name" "plain-$name")
+            verdict "$name" $? "$said"
+        else
+            verdict "$name" 1 "$(last "$out/$name.txt")"
+        fi
+    done
+done
 
 exit $((failures > 0))

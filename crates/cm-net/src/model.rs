@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use cm_model::schedule::{Boundary, Edm, KarrasGrid, NoiseCond, SigmaRange};
 use cm_model::{
-    Backbone, Bundle, Cast, Compute, ConsistencyFn, Denoiser, Params, ParamsBuilder, Preconditioned,
+    Backbone, Bundle, Cast, Compute, ConsistencyFn, Denoiser, Graphed, Params, ParamsBuilder, Preconditioned,
     TensorMap, short, short_to,
 };
 use serde::{Deserialize, Serialize};
@@ -241,11 +241,14 @@ impl ModelFile {
     /// The model, computing as `compute` says.
     ///
     /// # Errors
-    /// As [`ModelFile::backbone`].
+    /// As [`ModelFile::backbone`]; [`Error::Model`] if graphs are wanted and cannot be had.
     pub fn model(&self, device: Device, compute: Compute) -> Result<Model> {
-        let (net, precond) = (self.backbone(device)?, &self.spec.precond);
+        let (mut net, precond) = (self.backbone(device)?, &self.spec.precond);
         if compute.channels_last {
             net.params().to_channels_last();
+        }
+        if compute.graph {
+            net = Box::new(Graphed::new(net)?);
         }
         let sigma_range = precond.sigma_range()?;
         Ok(match self.spec.role {

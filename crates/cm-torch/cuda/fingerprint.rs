@@ -6,7 +6,7 @@ use std::io;
 use std::path::Path;
 
 /// Sources of the object, and what they include of the shim, as paths from the package's folder.
-pub const SOURCES: [&str; 2] = ["cuda/nccl.cpp", "cuda/version.cpp"];
+pub const SOURCES: [&str; 3] = ["cuda/graph.cpp", "cuda/nccl.cpp", "cuda/version.cpp"];
 /// Headers of this package that the sources include.
 const HEADERS: [&str; 2] = ["shim/dist.h", "shim/shim.h"];
 

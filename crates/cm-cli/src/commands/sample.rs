@@ -29,7 +29,7 @@ pub fn sample(args: &SampleArgs, ranks: &Ranks) -> Outcome {
     let device = ranks.device(&args.device).or_usage()?;
     let file = source.read().or_usage()?;
     let path = source.path.display();
-    let model = file.model(device, args.dtype.compute()).or_usage()?;
+    let model = file.model(device, args.compute()).or_usage()?;
     let labels = labels(args, file.spec.net.num_classes()).or_usage()?;
     let guided = guided(args, &model, &file.spec).with_context(|| path.to_string()).or_usage()?;
     let model = guided.as_ref().map_or(ModelRef::from(&model), |guided| ModelRef::Denoiser(guided));
@@ -115,7 +115,7 @@ pub fn each_batch(
     // What `auto` chooses has been said.
     let device = ranks.device_again(&args.device)?;
     let file = source.read()?;
-    let model = file.model(device, args.dtype.compute())?;
+    let model = file.model(device, args.compute())?;
     let labels = labels(args, file.spec.net.num_classes())?;
     let name = || source.path.display().to_string();
     let guided = guided(args, &model, &file.spec).with_context(name)?;

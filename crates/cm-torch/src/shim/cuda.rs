@@ -2,6 +2,10 @@
 
 use std::ffi::{c_char, c_int, c_void};
 use std::path::Path;
+use std::ptr::NonNull;
+
+use super::check;
+use crate::{Error, Result};
 
 /// `cm_nccl_open` of `cuda/nccl.cpp`: store, prefix, rank, ranks, device, limit of an exchange, the group.
 type NcclOpen = unsafe extern "C" fn(
@@ -14,10 +18,65 @@ type NcclOpen = unsafe extern "C" fn(
     *mut *mut c_void,
 ) -> *mut c_char;
 
+/// `cm_graph_enter` of `cuda/graph.cpp`: device, the recording.
+type GraphEnter = unsafe extern "C" fn(c_int, *mut *mut c_void) -> *mut c_char;
+/// Other functions of `cuda/graph.cpp`.
+type GraphDo = unsafe extern "C" fn(*mut c_void) -> *mut c_char;
+
 /// The functions of the object; they stay there as long as the process.
 #[derive(Debug)]
 pub(crate) struct Object {
     pub(super) nccl_open: NcclOpen,
+    graph_enter: GraphEnter,
+    graph_begin: GraphDo,
+    graph_end: GraphDo,
+    graph_replay: GraphDo,
+    graph_free: unsafe extern "C" fn(*mut c_void),
+}
+
+/// A graph, or one that is being recorded.
+#[derive(Debug)]
+pub(crate) struct Graph {
+    handle: NonNull<c_void>,
+    object: &'static Object,
+}
+
+// SAFETY: the handle is this value's alone, and a graph may be replayed on any thread.
+unsafe impl Send for Graph {}
+
+impl Graph {
+    /// Enters a stream of its own on the GPU of index `device`.
+    pub(crate) fn enter(object: &'static Object, device: usize) -> Result<Self> {
+        let mut out = std::ptr::null_mut();
+        // SAFETY: plain values; the call writes one pointer on success.
+        check(unsafe { (object.graph_enter)(device as c_int, &mut out) })?;
+        let handle = NonNull::new(out).ok_or_else(|| Error::Cpp { text: "no graph was made".to_owned() })?;
+        Ok(Self { handle, object })
+    }
+
+    /// From here on, what this thread has the GPU do is recorded.
+    pub(crate) fn begin(&self) -> Result<()> {
+        // SAFETY: the handle is alive.
+        check(unsafe { (self.object.graph_begin)(self.handle.as_ptr()) })
+    }
+
+    /// Ends the recording and leaves its stream.
+    pub(crate) fn end(&self) -> Result<()> {
+        // SAFETY: the handle is alive.
+        check(unsafe { (self.object.graph_end)(self.handle.as_ptr()) })
+    }
+
+    pub(crate) fn replay(&self) -> Result<()> {
+        // SAFETY: the handle is alive. What is recorded reads and writes memory of the GPU alone.
+        check(unsafe { (self.object.graph_replay)(self.handle.as_ptr()) })
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // SAFETY: the handle came from `enter` and is not used again.
+        unsafe { (self.object.graph_free)(self.handle.as_ptr()) }
+    }
 }
 
 /// What the object must say of itself.
@@ -26,7 +85,7 @@ fn wanted() -> String {
 }
 
 /// Whether an object that says `found` of itself serves a program that wants `wanted`.
-fn check_version(found: &str, wanted: &str) -> Result<(), String> {
+fn check_version(found: &str, wanted: &str) -> std::result::Result<(), String> {
     if found == wanted {
         return Ok(());
     }
@@ -40,26 +99,26 @@ fn check_version(found: &str, wanted: &str) -> Result<(), String> {
 impl Object {
     /// Opens the object at `path`, behind libtorch's CUDA half.
     #[cfg(target_os = "linux")]
-    pub(crate) fn open(path: &Path) -> Result<Self, String> {
-        use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW, Symbol};
+    pub(crate) fn open(path: &Path) -> std::result::Result<Self, String> {
+        use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
         use std::ffi::CStr;
 
         // SAFETY: opening runs the file's initialisers. It is the one that was built for this program, or a user's
         // choice, as any program that a user starts.
         let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }
             .map_err(|error| explain(&error, path))?;
-        let missing = |name: &str| format!("it is another library: it has no {name}");
-        // SAFETY: of all that has a function of this name, none takes an argument; the text is a literal in the object.
-        let found = unsafe {
-            let version: Symbol<unsafe extern "C" fn() -> *const c_char> =
-                library.get(b"cm_cuda_version\0").map_err(|_| missing("cm_cuda_version"))?;
-            CStr::from_ptr(version()).to_string_lossy().into_owned()
-        };
+        let version: unsafe extern "C" fn() -> *const c_char = function(&library, "cm_cuda_version")?;
+        // SAFETY: what has a function of this name is an object of some version, and gives a literal.
+        let found = unsafe { CStr::from_ptr(version()) }.to_string_lossy().into_owned();
         check_version(&found, &wanted())?;
-        // SAFETY: the sources, which are those of this program, declare the function so.
-        let nccl_open: Symbol<NcclOpen> =
-            unsafe { library.get(b"cm_nccl_open\0") }.map_err(|_| missing("cm_nccl_open"))?;
-        let object = Self { nccl_open: *nccl_open };
+        let object = Self {
+            nccl_open: function(&library, "cm_nccl_open")?,
+            graph_enter: function(&library, "cm_graph_enter")?,
+            graph_begin: function(&library, "cm_graph_begin")?,
+            graph_end: function(&library, "cm_graph_end")?,
+            graph_replay: function(&library, "cm_graph_replay")?,
+            graph_free: function(&library, "cm_graph_free")?,
+        };
         // libtorch holds pointers into the object from now on: it must never be closed.
         std::mem::forget(library);
         Ok(object)
@@ -67,9 +126,19 @@ impl Object {
 
     /// There are GPUs on Linux alone.
     #[cfg(not(target_os = "linux"))]
-    pub(crate) fn open(_: &Path) -> Result<Self, String> {
+    pub(crate) fn open(_: &Path) -> std::result::Result<Self, String> {
         Err("CUDA is supported on Linux alone".to_owned())
     }
+}
+
+/// A function of the object, whose type is that of the caller's place for it.
+#[cfg(target_os = "linux")]
+fn function<F: Copy>(library: &libloading::os::unix::Library, name: &str) -> std::result::Result<F, String> {
+    // SAFETY: every function but the version is asked for behind a check that the sources are those of this program,
+    // which declare it so; all types here are those of functions.
+    unsafe { library.get::<F>(name.as_bytes()) }
+        .map(|symbol| *symbol)
+        .map_err(|_| format!("it is another library: it has no {name}"))
 }
 
 /// The loader's sentence without the path, which errors name anyway.
