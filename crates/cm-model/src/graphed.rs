@@ -13,8 +13,8 @@ const MOST: usize = 8;
 /// A network on a GPU that records its pass once for each shape of its inputs, and does it again as one CUDA graph:
 /// the host starts one piece of work instead of hundreds. See [`cm_torch::cuda::Graph`].
 ///
-/// It is for sampling: training, inputs with gradients and augmented ones go through the network itself. Its weights must
-/// stay where they are.
+/// It is for sampling: training, inputs with gradients and augmented ones go through the network itself. Its weights
+/// must stay where they are.
 #[derive(Debug)]
 pub struct Graphed<B> {
     net: B,

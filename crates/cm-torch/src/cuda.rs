@@ -1,5 +1,5 @@
-//! What needs CUDA's headers: NCCL, and graphs. It lies in one shared object, `libcm_cuda.so`, so that a program which was built
-//! without them serves machines with and without GPUs.
+//! What needs CUDA's headers: NCCL, and graphs. It lies in one shared object, `libcm_cuda.so`, so that a program which
+//! was built without them serves machines with and without GPUs.
 //!
 //! `cargo xtask cuda-object` builds the object where libtorch's CUDA set is. It is opened when it is needed, behind
 //! `libtorch_cuda.so`: the file that `CM_CUDA_OBJECT` names, or else the one beside the program. Its sources and its
