@@ -95,11 +95,15 @@ if [ "$device" != cpu ]; then
     verdict too-many $? "$(grep -m 1 LOCAL_RANK "$out/too-many.txt" || last "$out/too-many.txt")"
 fi
 
-# sample NAME OPTIONS: three batches of one size and one of another, at one step and at several noise levels.
+# sample NAME OPTIONS: what --seeds and --batch say.
 sample() {
     local name=$1
     shift
-    "$cm" sample "$out/plain" --seeds 0-99 --batch 32 --device "$device" --out "$out/$name" "$@" >"$out/$name.txt" 2>&1
+    "$cm" sample "$out/plain" --device "$device" --out "$out/$name" "$@" >"$out/$name.txt" 2>&1
+}
+
+took() {
+    grep 'images in' "$out/$1.txt" | sed 's/,.*//'
 }
 
 # pixels A B: how many of the pictures of one folder have other bytes in the other, and how long both took.
@@ -109,17 +113,21 @@ pixels() {
         all=$((all + 1))
         cmp -s "$file" "$out/$2/$(basename "$file")" || differ=$((differ + 1))
     done
-    echo "$differ of $all pictures differ; $(grep 'images in' "$out/$1.txt"), against $(grep 'images in' "$out/$2.txt")"
+    echo "$differ of $all pictures differ; $(took "$1"), against $(took "$2")"
     [ "$all" -gt 0 ] && [ "$differ" -eq 0 ]
 }
 
+graph=--cuda-graph
+[ "$device" = cpu ] && graph=""
+# Three batches of one size and one of another, at one noise level and at several: the same bytes with and without.
+batches="--seeds 0-99 --batch 32"
 for kind in f32 bf16; do
     for steps in "" "--sampler multistep --sigmas 80,2.0,0.8"; do
         name=graph-$kind${steps:+-multistep}
         # shellcheck disable=SC2086
-        sample "plain-$name" --dtype $kind $steps
+        sample "plain-$name" $batches --dtype $kind $steps
         # shellcheck disable=SC2086
-        if sample "$name" --dtype $kind $steps --cuda-graph; then
+        if sample "$name" $batches --dtype $kind $steps $graph; then
             said=$(pixels "$name" "plain-$name")
             verdict "$name" $? "$said"
         else
@@ -127,5 +135,15 @@ for kind in f32 bf16; do
         fi
     done
 done
+
+# One image at a time, where starting work is what takes the time; recording is in it.
+singles="--seeds 0-511 --batch 1"
+# shellcheck disable=SC2086
+sample speed-plain $singles && sample speed-graph $singles $graph
+seconds() {
+    took "$1" | sed 's/.* in \(.*\) s/\1/'
+}
+awk -v a="$(seconds speed-graph)" -v b="$(seconds speed-plain)" 'BEGIN { exit !(a > 0 && a < b) }'
+verdict graph-speed $? "$(took speed-graph), against $(took speed-plain)"
 
 exit $((failures > 0))
