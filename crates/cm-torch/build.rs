@@ -3,6 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
+#[path = "cuda/fingerprint.rs"]
+mod fingerprint;
+
 /// What `tch` 0.24.0 is written for. torch-sys checks it only where a `build-version` file exists, which the
 /// PyPI wheel lacks; a wheel says its version in `torch/version.py`.
 const TORCH_VERSION: &str = "2.11.0";
@@ -16,6 +19,11 @@ fn main() {
 fn build() -> Result<(), String> {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=shim");
+    // The object itself is built by `cargo xtask cuda-object`, where the headers of CUDA are.
+    println!("cargo::rerun-if-changed=cuda");
+    let sources = fingerprint::fingerprint(Path::new("."))
+        .map_err(|error| format!("cannot read the sources of the CUDA object: {error}"))?;
+    println!("cargo::rustc-env=CM_CUDA_SOURCES={sources}");
     // Published by torch-sys, whichever of LIBTORCH, LIBTORCH_LIB, LIBTORCH_USE_PYTORCH and a system-wide
     // install led to it.
     let lib = env::var_os("DEP_TCH_LIBTORCH_LIB")

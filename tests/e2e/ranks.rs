@@ -290,8 +290,8 @@ fn what_several_processes_cannot_do_is_refused_in_one_line() {
             done.fails(2, words);
         }
     };
-    let cuda = ["--device cuda:0: several ranks compute on CPUs", "WORLD_SIZE=2"];
-    refused("train --config tiny.toml --out a --device cuda", &cuda);
+    let cuda = ["device cuda:1 is not available: each of several ranks", "LOCAL_RANK"];
+    refused("train --config tiny.toml --out a --device cuda:1", &cuda);
     refused("train --config tiny.toml --out a --sweep train.lr=1,2", &["--sweep: it runs in one process"]);
     refused(
         "train --config tiny.toml --out a --device cpu --dry-run",
@@ -303,4 +303,18 @@ fn what_several_processes_cannot_do_is_refused_in_one_line() {
     let alone = train(&sandbox, "a").env("RANK", "0").env("WORLD_SIZE", "1").set(&["train.total_steps=1"]);
     alone.run().ok();
     assert!(!sandbox.path("a/ranks").exists(), "one process is no group");
+}
+
+#[test]
+fn one_rank_that_is_connected_trains_as_one_process_does() {
+    let sandbox = Sandbox::new();
+    let run = ["train.total_steps=3", "train.shard_state=true"];
+    train(&sandbox, "plain").set(&run).run().ok();
+    let command = |_| train(&sandbox, "connected").set(&run).env("CM_DIST_ALONE", "1");
+    for done in wait(start(1, command)) {
+        done.ok();
+    }
+    assert!(sandbox.path("connected/ranks/rank-0000.csv").exists(), "it was no group");
+    let last = |out| checkpoint(&sandbox, out, 3, "");
+    assert_same_checkpoint(&last("plain"), &last("connected"));
 }

@@ -208,6 +208,10 @@ fn models_that_are_none() {
     let sandbox = Sandbox::new();
     train(&sandbox).set(&["train.total_steps=1"]).run().ok();
     let checkpoint = "run/checkpoints/step-00000001";
+    sandbox
+        .cm("sample run --seeds 0-3 --device cpu --cuda-graph")
+        .run()
+        .fails(2, &["a CUDA graph: expected a CUDA device, got Cpu"]);
     let whole = fs::read(sandbox.path(checkpoint).join("raw.safetensors")).unwrap();
     let half = whole.len() / 2;
     sandbox.write("half.safetensors", &whole[..half]);

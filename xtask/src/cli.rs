@@ -8,11 +8,11 @@ use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand};
 
 use crate::race::Size;
-use crate::{ci, doctor, exports, fuzz, race, runner, setup, soak, tidy, tools, torture};
+use crate::{ci, cuda_object, doctor, exports, fuzz, race, runner, setup, soak, tidy, tools, torture};
 
 /// Set libtorch up, then build, test, train and sample with it.
 ///
-/// Every command but `env`, `doctor` and `tidy` first makes sure that libtorch is in place, so on a fresh machine
+/// Every command but `env`, `doctor`, `cuda-object` and `tidy` first makes sure that libtorch is in place, so on a fresh machine
 /// `cargo xtask demo` or `cargo xtask test` is all that is needed.
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", version, arg_required_else_help = true)]
@@ -48,6 +48,15 @@ enum Command {
   cargo xtask build
   cargo xtask build -p cm-cli")]
     Build(Rest),
+
+    /// Build libcm_cuda.so, which several ranks on GPUs need, beside the programs (needs CUDA's headers, but no GPU)
+    #[command(name = "cuda-object")]
+    #[command(after_help = "Examples:
+  cargo xtask setup --cuda && cargo xtask cuda-object
+  cargo xtask cuda-object --torch ENV/lib/python3.12/site-packages/torch --out DIR/libcm_cuda.so
+
+Programs find it beside themselves, or where CM_CUDA_OBJECT says; one of other sources is refused.")]
+    CudaObject(CudaObjectArgs),
 
     /// Run every test (cargo test --release)
     #[command(after_help = "Examples:
@@ -214,6 +223,17 @@ pub struct SetupArgs {
     pub dir: Option<PathBuf>,
 }
 
+/// What the object is built against, and where it goes.
+#[derive(Args)]
+pub struct CudaObjectArgs {
+    /// The torch folder of an environment with all CUDA wheels [default: LIBTORCH, .libtorch/site or .libtorch/python]
+    #[arg(long, value_name = "DIR")]
+    pub torch: Option<PathBuf>,
+    /// The file to make [default: libcm_cuda.so beside the programs]
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+}
+
 /// Arguments that are passed on.
 #[derive(Args)]
 struct Rest {
@@ -340,6 +360,7 @@ pub fn run(cli: Cli) -> Result<u8> {
         Command::Setup(args) => setup::run(&args),
         Command::Env => exports::run(),
         Command::Doctor => doctor::run(),
+        Command::CudaObject(args) => cuda_object::run(&args),
         Command::Tidy => tidy::run(),
         Command::Race(args) => race::run(args),
         Command::Fuzz(args) => fuzz::run(&args),

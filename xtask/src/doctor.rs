@@ -11,7 +11,7 @@ use crate::install::Home;
 use crate::libtorch::{self, Source};
 use crate::tools::{self, Python};
 use crate::wheels::{Depth, State, WheelSet, has_manifest, inspect};
-use crate::{runner, setup};
+use crate::{cuda_object, runner, setup};
 
 /// How a finding bears on work.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -64,6 +64,9 @@ pub fn run() -> Result<u8> {
     let managed = findings_of_libtorch(&home, &gpus, &mut findings);
     findings.push(python(managed));
     findings.push(cuda(&gpus, env::var("CUDA_VISIBLE_DEVICES").ok().as_deref()));
+    if gpus.seen() {
+        findings.push(object());
+    }
     findings.push(disk(&home, managed));
     findings.push(Finding::new(Level::Ok, "machine", machine()));
     for finding in &findings {
@@ -195,6 +198,18 @@ fn cuda(gpus: &Gpus, visible: Option<&str>) -> Finding {
     }
     let driver = gpus.driver.as_deref().map(|d| format!(", driver {d}")).unwrap_or_default();
     Finding::new(Level::Ok, "cuda", format!("{devices}{driver}"))
+}
+
+/// Several ranks on GPUs need it, and nothing else does.
+fn object() -> Finding {
+    match runner::built("cm").map(|cm| cm.with_file_name(cuda_object::FILE)) {
+        Ok(file) if file.exists() => Finding::new(Level::Ok, "ranks", file.display().to_string()),
+        Ok(_) => {
+            let text = "several ranks on GPUs need the CUDA object: run `cargo xtask cuda-object`";
+            Finding::new(Level::Note, "ranks", text)
+        }
+        Err(why) => Finding::new(Level::Note, "ranks", one_line(&why)),
+    }
 }
 
 fn disk(home: &Home, managed: Managed) -> Finding {

@@ -5,6 +5,7 @@
 
 mod ci;
 mod cli;
+mod cuda_object;
 mod doctor;
 mod exports;
 mod fuzz;

@@ -20,6 +20,20 @@ pub struct Failure {
 /// Unpacks the wheels of `set` into `target`. `scratch` takes pip's temporary files, so that they lie on the same
 /// disk and go when the install is cleaned up.
 pub fn install_set(python: &Python, set: WheelSet, target: &Path, scratch: &Path) -> Result<Option<Failure>> {
+    let mut lists = vec![("lean.txt", LEAN_REQUIREMENTS)];
+    if set == WheelSet::Full {
+        lists.push(("cuda.txt", CUDA_REQUIREMENTS));
+    }
+    install_lists(python, &lists, target, scratch)
+}
+
+/// Unpacks the wheels of these lists of requirements, each with a name, as [`install_set`].
+pub fn install_lists(
+    python: &Python,
+    lists: &[(&str, &str)],
+    target: &Path,
+    scratch: &Path,
+) -> Result<Option<Failure>> {
     let mut command = pip(python, scratch);
     // The wheels of CPython 3.12 for this machine, by hash: one file for everybody, whatever Python is here.
     command.args(["--no-deps", "--no-compile", "--require-hashes", "--only-binary=:all:"]);
@@ -28,10 +42,6 @@ pub fn install_set(python: &Python, set: WheelSet, target: &Path, scratch: &Path
         command.args(["--platform", &platform]);
     }
     command.arg("--target").arg(target);
-    let mut lists = vec![("lean.txt", LEAN_REQUIREMENTS)];
-    if set == WheelSet::Full {
-        lists.push(("cuda.txt", CUDA_REQUIREMENTS));
-    }
     for (name, text) in lists {
         let path = scratch.join(name);
         fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;

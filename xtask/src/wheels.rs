@@ -13,6 +13,8 @@ use crate::tools::two_numbers;
 pub const LEAN_REQUIREMENTS: &str = include_str!("../wheels/lean.txt");
 /// What the full set adds.
 pub const CUDA_REQUIREMENTS: &str = include_str!("../wheels/cuda.txt");
+/// Headers that the object of `cargo xtask cuda-object` is built with.
+pub const HEADER_REQUIREMENTS: &str = include_str!("../wheels/headers.txt");
 
 /// Name of the manifest in the folder that it describes. It is written last, so an install that has one finished.
 const MANIFEST: &str = "cm-wheels.json";

@@ -115,7 +115,7 @@ impl Experiment {
             }
         };
         let ComputeSpec { channels_last, checkpoint_activations, .. } = self.compute;
-        Ok(Compute { autocast, channels_last, checkpoint_activations })
+        Ok(Compute { autocast, channels_last, checkpoint_activations, graph: false })
     }
 
     /// What the model files of this experiment say about themselves.

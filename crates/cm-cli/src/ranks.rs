@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use anyhow::{Context, Result, bail};
 use cm_data::{Dataset, digest};
-use cm_torch::device::DeviceSpec;
+use cm_torch::device::{self, DeviceSpec, Resolved};
 use cm_torch::dist::{Busy, Limits, ProcessGroup, Rendezvous};
 use cm_train::Metric;
 use serde_json::{Value, json};
@@ -21,22 +21,32 @@ use crate::ui;
 pub struct Ranks {
     /// How they talk to one another.
     pub group: Rc<ProcessGroup>,
+    /// Which of the processes of its machine this is.
+    local_rank: usize,
 }
+
+/// Set to 1, a process that is the only rank exchanges with itself what several would exchange, so that a backend can be
+/// tried on one GPU.
+const CONNECT_ONE: &str = "CM_DIST_ALONE";
 
 /// Joins the other ranks, if the environment names some, does the work, and ends with them: a rank that fails ends
 /// all, with its cause.
 pub fn together(work: impl FnOnce(&Ranks) -> Outcome) -> Outcome {
     let var = |name: &str| std::env::var(name).ok();
-    let group = match Rendezvous::from_vars(var).or_usage()? {
-        None => ProcessGroup::alone(),
+    let ranks = match Rendezvous::from_vars(var).or_usage()? {
+        None => Ranks::alone(),
         Some(rendezvous) => {
             if rendezvous.rank > 0 {
                 ui::be_quiet();
             }
-            ProcessGroup::join(&rendezvous, Limits::from_vars(var).or_usage()?)?
+            let limits = Limits::from_vars(var).or_usage()?;
+            let group = match var(CONNECT_ONE).filter(|value| value == "1") {
+                Some(_) => ProcessGroup::connect(&rendezvous, limits)?,
+                None => ProcessGroup::join(&rendezvous, limits)?,
+            };
+            Ranks { group: Rc::new(group), local_rank: rendezvous.local_rank }
         }
     };
-    let ranks = Ranks { group: Rc::new(group) };
     if ranks.group.size() > 1 {
         ui::say(&format!("ranks: {} processes work together; this is rank 0", ranks.group.size()));
     }
@@ -73,7 +83,7 @@ pub fn refuse_several(what: &str) -> Result<()> {
 impl Ranks {
     /// One process.
     pub fn alone() -> Self {
-        Self { group: Rc::new(ProcessGroup::alone()) }
+        Self { group: Rc::new(ProcessGroup::alone()), local_rank: 0 }
     }
 
     /// Refuses what several processes cannot do together.
@@ -84,27 +94,21 @@ impl Ranks {
         }
     }
 
-    /// The device that was asked for. Several ranks compute on CPUs.
+    /// The device that was asked for; a GPU of its own for each of several ranks.
     pub fn device(&self, spec: &DeviceSpec) -> Result<Device> {
-        match (self.group.size(), spec) {
-            (1, _) => session::device(spec),
-            (_, DeviceSpec::Cpu) => Ok(Device::Cpu),
-            (_, DeviceSpec::Auto) => {
-                ui::say("device: Cpu (several ranks compute on CPUs)");
-                Ok(Device::Cpu)
-            }
-            (size, spec) => bail!(
-                "--device {spec}: several ranks compute on CPUs, and WORLD_SIZE={size}; use --device cpu, or one process"
-            ),
-        }
+        Ok(session::said(&self.resolve(spec)?))
     }
 
     /// [`device`](Self::device) where it has been said already.
     pub fn device_again(&self, spec: &DeviceSpec) -> Result<Device> {
-        match self.group.size() {
-            1 => Ok(cm_torch::device::resolve_with_note(spec)?.device),
-            _ => Ok(Device::Cpu),
-        }
+        Ok(self.resolve(spec)?.device)
+    }
+
+    fn resolve(&self, spec: &DeviceSpec) -> Result<Resolved> {
+        Ok(match self.group.size() {
+            1 => device::resolve_with_note(spec)?,
+            _ => device::resolve_for_rank(spec, self.local_rank)?,
+        })
     }
 
     /// Does on rank 0 first what finds its work done by the others: a download, for one.

@@ -15,6 +15,9 @@ pub struct Compute {
     /// In training, let the network compute its blocks again in the backward pass: less memory for more time. See
     /// [`cm_torch::recompute`].
     pub checkpoint_activations: bool,
+    /// In sampling on a GPU, record the network's pass and do it again as one CUDA graph ([`crate::Graphed`]), for a model
+    /// that is loaded from a file.
+    pub graph: bool,
 }
 
 /// A network with its preconditioning,

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use cm_model::schedule::{Boundary, Edm, KarrasGrid, NoiseCond, SigmaRange};
 use cm_model::{
-    Backbone, Bundle, Cast, Compute, ConsistencyFn, Denoiser, Params, ParamsBuilder, Preconditioned,
+    Backbone, Bundle, Cast, Compute, ConsistencyFn, Denoiser, Graphed, Params, ParamsBuilder, Preconditioned,
     TensorMap, short, short_to,
 };
 use serde::{Deserialize, Serialize};
@@ -171,10 +171,13 @@ impl ModelSpec {
     }
 
     /// A network with weights as the model that is described.
-    fn model(&self, net: Box<dyn Backbone + Send>, compute: Compute) -> Result<Model> {
+    fn model(&self, mut net: Box<dyn Backbone + Send>, compute: Compute) -> Result<Model> {
         // On CPUs weights are put into the order of the kernels in any case.
         if compute.channels_last && net.params().device().is_cuda() {
             net.params().to_channels_last();
+        }
+        if compute.graph {
+            net = Box::new(Graphed::new(net)?);
         }
         let sigma_range = self.precond.sigma_range()?;
         Ok(match self.role {
@@ -260,7 +263,7 @@ impl ModelFile {
     /// The model, computing as `compute` says.
     ///
     /// # Errors
-    /// As [`ModelFile::backbone`].
+    /// As [`ModelFile::backbone`]; [`Error::Model`] if graphs are wanted and cannot be had.
     pub fn model(&self, device: Device, compute: Compute) -> Result<Model> {
         self.spec.model(self.backbone(device)?, compute)
     }
@@ -269,7 +272,7 @@ impl ModelFile {
     /// weights are in memory once.
     ///
     /// # Errors
-    /// As [`ModelFile::backbone`].
+    /// As [`model`](Self::model).
     pub fn into_model(self, device: Device, compute: Compute) -> Result<(ModelSpec, Model)> {
         if device != Device::Cpu {
             let model = self.model(device, compute)?;

@@ -1,5 +1,7 @@
-// Processes that train together: c10d's store, where they meet, and its Gloo backend, by which they exchange tensors.
+// Processes that train together: c10d's store, where they meet, and the backends by which they exchange tensors. Gloo,
+// for tensors on the CPU, is made here; NCCL is made by the object in ../cuda.
 
+#include "dist.h"
 #include "shim.h"
 
 #define USE_C10D_GLOO
@@ -8,20 +10,42 @@
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <cstdlib>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace {
 
-using StorePtr = c10::intrusive_ptr<c10d::Store>;
-using GroupPtr = c10::intrusive_ptr<c10d::ProcessGroupGloo>;
 using WorkPtr = c10::intrusive_ptr<c10d::Work>;
 
-std::chrono::milliseconds milliseconds(int64_t count) {
-  return std::chrono::milliseconds(count);
+// An exchange that is under way.
+struct Exchange {
+  WorkPtr work;
+  // Whether it goes on behind the calls that wait for it: NCCL's only has the caller's stream wait, or, with a limit,
+  // gives the connections up when that has passed.
+  bool is_asked;
+};
+
+void* started(const GroupPtr& group, WorkPtr work) {
+  return new Exchange{std::move(work), group->getBackendName() == "nccl"};
+}
+
+// Asks again and again whether the exchange is over, at ever longer intervals, for `wait_ms` at most.
+bool ask(c10d::Work& work, int64_t wait_ms) {
+  const auto end = std::chrono::steady_clock::now() + milliseconds(wait_ms);
+  auto pause = std::chrono::microseconds(20);
+  while (!work.isCompleted()) {
+    if (std::chrono::steady_clock::now() > end) {
+      return false;
+    }
+    std::this_thread::sleep_for(pause);
+    pause = std::min(pause * 2, std::chrono::microseconds(500));
+  }
+  return true;
 }
 
 // c10d writes to standard error what it throws as well, with a backtrace. What is thrown becomes an error that names a
@@ -114,15 +138,28 @@ char* cm_group_open(
   });
 }
 
+// Ends what the group holds of the device and of connections, when all ranks are done with it.
 void cm_group_close(void* group) {
-  delete static_cast<GroupPtr*>(group);
+  auto* own = static_cast<GroupPtr*>(group);
+  try {
+    (*own)->shutdown();
+    delete own;
+  } catch (...) {
+    // The process is about to end, and nothing is exchanged any more.
+  }
+}
+
+// Gives up the exchanges that are under way.
+char* cm_group_abort(void* group) {
+  return cm_guard([&] { (*static_cast<GroupPtr*>(group))->abort(); });
 }
 
 // Starts adding up `tensor` over all ranks, in place.
 char* cm_group_all_reduce(void* group, cm_tensor tensor, void** work) {
   return cm_guard([&] {
     std::vector<at::Tensor> tensors{tensor->detach()};
-    *work = new WorkPtr((*static_cast<GroupPtr*>(group))->allreduce(tensors));
+    auto& ranks = *static_cast<GroupPtr*>(group);
+    *work = started(ranks, ranks->allreduce(tensors));
   });
 }
 
@@ -132,7 +169,8 @@ char* cm_group_broadcast(void* group, cm_tensor tensor, int root, void** work) {
     std::vector<at::Tensor> tensors{tensor->detach()};
     c10d::BroadcastOptions options;
     options.rootRank = root;
-    *work = new WorkPtr((*static_cast<GroupPtr*>(group))->broadcast(tensors, options));
+    auto& ranks = *static_cast<GroupPtr*>(group);
+    *work = started(ranks, ranks->broadcast(tensors, options));
   });
 }
 
@@ -141,40 +179,48 @@ char* cm_group_all_gather(void* group, cm_tensor own, cm_tensor all, void** work
   return cm_guard([&] {
     at::Tensor input = own->detach();
     at::Tensor output = all->detach();
-    *work = new WorkPtr((*static_cast<GroupPtr*>(group))->_allgather_base(output, input));
+    auto& ranks = *static_cast<GroupPtr*>(group);
+    *work = started(ranks, ranks->_allgather_base(output, input));
   });
 }
 
 // Starts collecting `own` of every rank in `all` of rank `root`; elsewhere `all` is null.
 char* cm_group_gather(void* group, cm_tensor own, cm_tensor all, int root, void** work) {
   return cm_guard([&] {
-    auto& gloo = *static_cast<GroupPtr*>(group);
+    auto& ranks = *static_cast<GroupPtr*>(group);
     std::vector<at::Tensor> inputs{own->detach()};
-    auto outputs = by_rank(all, gloo->getSize());
+    auto outputs = by_rank(all, ranks->getSize());
     c10d::GatherOptions options;
     options.rootRank = root;
-    *work = new WorkPtr(gloo->gather(outputs, inputs, options));
+    *work = started(ranks, ranks->gather(outputs, inputs, options));
   });
 }
 
 // Starts handing every rank its part of `all` of rank `root` in `own`; elsewhere `all` is null.
 char* cm_group_scatter(void* group, cm_tensor own, cm_tensor all, int root, void** work) {
   return cm_guard([&] {
-    auto& gloo = *static_cast<GroupPtr*>(group);
+    auto& ranks = *static_cast<GroupPtr*>(group);
     std::vector<at::Tensor> outputs{own->detach()};
-    auto inputs = by_rank(all, gloo->getSize());
+    auto inputs = by_rank(all, ranks->getSize());
     c10d::ScatterOptions options;
     options.rootRank = root;
-    *work = new WorkPtr(gloo->scatter(outputs, inputs, options));
+    *work = started(ranks, ranks->scatter(outputs, inputs, options));
   });
 }
 
 // Waits for an exchange, `wait_ms` at most; `done` says whether it has come to its end.
 char* cm_work_wait(void* work, int64_t wait_ms, bool* done) {
   return cm_guard([&] {
-    auto& exchange = *static_cast<WorkPtr*>(work);
+    auto& [exchange, is_asked] = *static_cast<Exchange*>(work);
     *done = false;
-    if (!exchange->isCompleted()) {
+    if (is_asked) {
+      if (!ask(*exchange, wait_ms)) {
+        return;
+      }
+      if (const auto failure = exchange->exception()) {
+        std::rethrow_exception(failure);
+      }
+    } else if (!exchange->isCompleted()) {
       try {
         exchange->wait(milliseconds(wait_ms));
       } catch (...) {
@@ -184,14 +230,14 @@ char* cm_work_wait(void* work, int64_t wait_ms, bool* done) {
         }
       }
     }
-    // Throws what made it fail, if anything did.
+    // Throws what made it fail, if anything did; on a GPU, what is computed from now on comes behind the exchange.
     exchange->wait();
     *done = true;
   });
 }
 
 void cm_work_free(void* work) {
-  delete static_cast<WorkPtr*>(work);
+  delete static_cast<Exchange*>(work);
 }
 
 } // extern "C"

@@ -7,12 +7,16 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::Mutex;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use tch::{Cuda, Device};
 
 use crate::{Error, Result, shim};
+
+mod open;
+
+pub(crate) use open::open_library;
+use open::{CUDA, open_cuda};
 
 /// A device as a user names it: `auto`, `cpu`, `cuda` or `cuda:N`.
 ///
@@ -119,6 +123,43 @@ pub fn resolve_with_note(spec: &DeviceSpec) -> Result<Resolved> {
     }
 }
 
+/// The device of one of several ranks. `cuda` (and `cuda:0`) gives each rank of a machine a GPU of its own, that of
+/// number `local_rank`; `auto` is the CPU, since machines may differ in what they have.
+///
+/// # Errors
+/// [`Error::DeviceMissing`] for another GPU by number, which several ranks would share, and where there is none for
+/// this rank.
+pub fn resolve_for_rank(spec: &DeviceSpec, local_rank: usize) -> Result<Resolved> {
+    let missing = |reason| Error::DeviceMissing { wanted: *spec, reason };
+    match *spec {
+        DeviceSpec::Cpu => Ok(Resolved { device: Device::Cpu, note: None }),
+        DeviceSpec::Auto => {
+            let note = "several ranks compute on CPUs unless --device cuda is given";
+            Ok(Resolved { device: Device::Cpu, note: Some(note.to_owned()) })
+        }
+        DeviceSpec::Cuda(0) => {
+            let index = open_cuda().and_then(|count| gpu_of_rank(local_rank, count)).map_err(missing)?;
+            let note = format!("LOCAL_RANK={local_rank}");
+            Ok(Resolved { device: Device::Cuda(index), note: Some(note) })
+        }
+        DeviceSpec::Cuda(_) => Err(missing(
+            "each of several ranks computes on the GPU of its LOCAL_RANK; use cuda, and choose among GPUs by \
+             CUDA_VISIBLE_DEVICES"
+                .to_owned(),
+        )),
+    }
+}
+
+fn gpu_of_rank(local_rank: usize, count: usize) -> std::result::Result<usize, String> {
+    if local_rank < count {
+        return Ok(local_rank);
+    }
+    Err(format!(
+        "LOCAL_RANK={local_rank}, and this machine shows {count} CUDA device(s): start no more ranks on it than that \
+         (where a scheduler shows each rank its own GPU alone, set LOCAL_RANK=0)"
+    ))
+}
+
 /// How many CUDA devices can be used, opening CUDA; or why none can.
 ///
 /// For `cm doctor`; programs that compute call [`resolve`].
@@ -132,93 +173,6 @@ pub fn cuda_devices() -> std::result::Result<usize, String> {
 pub fn gpu_node() -> Option<PathBuf> {
     let numbered = (0..16).map(|i| PathBuf::from(format!("/dev/nvidia{i}")));
     numbered.chain([PathBuf::from("/dev/dxg")]).find(|node| node.exists())
-}
-
-/// What opening CUDA gave; it is tried once, because libtorch decides once.
-static CUDA: Mutex<Option<std::result::Result<usize, String>>> = Mutex::new(None);
-
-fn open_cuda() -> std::result::Result<usize, String> {
-    let mut state = CUDA.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    state.get_or_insert_with(open_cuda_once).clone()
-}
-
-#[cfg(target_os = "linux")]
-fn open_cuda_once() -> std::result::Result<usize, String> {
-    use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
-    let Some(cpu_half) = loaded_library("libtorch_cpu.so") else {
-        return Err(
-            "libtorch_cpu.so is not among this program's libraries, so its CUDA half cannot be found".into(),
-        );
-    };
-    let path = cpu_half.with_file_name("libtorch_cuda.so");
-    if !path.exists() {
-        return Err(format!(
-            "the libtorch in {} is built for CPUs alone; `cargo xtask setup --cuda` installs one with CUDA",
-            folder(&path)
-        ));
-    }
-    // SAFETY: opening runs the library's initialisers; this one was built together with the libtorch that this
-    // process already runs, whose registries they fill in.
-    match unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) } {
-        // libtorch holds pointers into the library from now on: it must never be closed.
-        Ok(library) => std::mem::forget(library),
-        Err(error) => return Err(explain_open_failure(&error)),
-    }
-    if !tch::utils::has_cudart() {
-        return Err(
-            "something asked libtorch for CUDA before its CUDA half was opened, and libtorch looks once; \
-                    resolve the device first (a bug of the calling program)"
-                .into(),
-        );
-    }
-    match usize::try_from(Cuda::device_count()) {
-        Ok(count) if count > 0 => Ok(count),
-        _ => Err(explain_no_device()),
-    }
-}
-
-#[cfg(not(target_os = "linux"))]
-fn open_cuda_once() -> std::result::Result<usize, String> {
-    Err("CUDA is supported on Linux alone".into())
-}
-
-#[cfg(target_os = "linux")]
-fn explain_open_failure(error: &libloading::Error) -> String {
-    // The loader's own sentence is the cause of this error: "libcudnn.so.9: cannot open shared object file: …".
-    let cause = std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string);
-    match cause.split_once(": cannot open shared object file") {
-        Some((library, _)) => format!(
-            "the CUDA library {library} is not installed (the lean set serves CPUs alone); `cargo xtask setup --cuda` installs it"
-        ),
-        None => format!("libtorch_cuda.so does not load: {}", cause.lines().next().unwrap_or_default()),
-    }
-}
-
-#[cfg(target_os = "linux")]
-fn explain_no_device() -> String {
-    let problem = if gpu_node().is_none() && !Path::new("/proc/driver/nvidia/version").exists() {
-        "no NVIDIA driver is loaded on this machine"
-    } else if std::env::var_os("CUDA_VISIBLE_DEVICES").is_some() {
-        "the driver is loaded, but no device is usable; CUDA_VISIBLE_DEVICES may hide it"
-    } else {
-        "the driver is loaded, but no device is usable; it may be older than this libtorch's CUDA"
-    };
-    format!("{problem} (see `nvidia-smi`)")
-}
-
-#[cfg(target_os = "linux")]
-fn folder(path: &Path) -> String {
-    path.parent().unwrap_or(path).display().to_string()
-}
-
-/// Where a library that this process has loaded lies, from the list of its memory maps.
-#[cfg(target_os = "linux")]
-fn loaded_library(name: &str) -> Option<PathBuf> {
-    let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
-    maps.lines().find_map(|line| {
-        let path = Path::new(&line[line.find('/')?..]);
-        (path.file_name()? == name).then(|| path.to_owned())
-    })
 }
 
 /// What computes here, for a log or a report.
@@ -446,6 +400,24 @@ mod tests {
         let reasons = ["cargo xtask setup --cuda", "nvidia-smi", "CUDA device(s)", "CUDA_VISIBLE_DEVICES"];
         assert!(reasons.iter().any(|r| error.contains(r)), "{error}");
         assert!(!error.contains('\n'));
+    }
+
+    #[test]
+    fn each_of_several_ranks_has_a_gpu_of_its_own_or_says_why_not() {
+        assert_eq!((gpu_of_rank(0, 1), gpu_of_rank(3, 4)), (Ok(0), Ok(3)));
+        let error = gpu_of_rank(2, 2).unwrap_err();
+        assert!(error.starts_with("LOCAL_RANK=2, and this machine shows 2 CUDA device(s)"), "{error}");
+        let of_rank = |spec| resolve_for_rank(&spec, 1);
+        for spec in [DeviceSpec::Cpu, DeviceSpec::Auto] {
+            assert_eq!(of_rank(spec).unwrap().device, Device::Cpu);
+        }
+        let error = of_rank(DeviceSpec::Cuda(1)).unwrap_err().to_string();
+        let words =
+            "device cuda:1 is not available: each of several ranks computes on the GPU of its LOCAL_RANK";
+        assert!(error.starts_with(words) && !error.contains('\n'), "{error}");
+        // No machine has this many GPUs, and on most there is none.
+        let error = resolve_for_rank(&DeviceSpec::Cuda(0), 4000).unwrap_err().to_string();
+        assert!(error.starts_with("device cuda:0 is not available: "), "{error}");
     }
 
     #[test]

@@ -20,6 +20,17 @@ pub enum Error {
         /// Why it is not there and what to do.
         reason: String,
     },
+    /// The object of what needs CUDA's headers cannot be used.
+    #[error(
+        "{}: {reason}; `cargo xtask cuda-object` builds it, and CM_CUDA_OBJECT names one that lies elsewhere",
+        .path.display()
+    )]
+    CudaObject {
+        /// Where it was looked for.
+        path: std::path::PathBuf,
+        /// Why it does not serve.
+        reason: String,
+    },
     /// A value lies outside what is allowed.
     #[error("{what}: expected {expected}, got {got}")]
     Value {

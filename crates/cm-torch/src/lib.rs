@@ -10,17 +10,19 @@
 //! | how are images laid out in memory? | [`memory_format`] |
 //! | how does the CPU normalise, add and convolve in fewer passes? | [`fused`] |
 //! | how do processes train together? | [`dist`] |
+//! | where is what needs CUDA's headers? | [`cuda`] |
 //! | how does a backward pass do with less memory? | [`recompute`] |
 //!
 //! The C++ lies in `shim/`; it is compiled by the build script against the headers beside the libtorch that
-//! torch-sys found, and every call to it goes through the private module `shim`, which turns C++ exceptions into
-//! [`Error`]. Nothing here panics on a user's input.
+//! torch-sys found. What needs CUDA's headers lies in `cuda/`, and is built apart. Every call goes through the private
+//! module `shim`, which turns C++ exceptions into [`Error`]. Nothing here panics on a user's input.
 
 #![deny(missing_docs)]
 // The bridge to C++ is what this crate is for; every unsafe block says why it is sound.
 #![allow(unsafe_code)]
 
 pub mod autocast;
+pub mod cuda;
 pub mod device;
 pub mod dist;
 mod error;

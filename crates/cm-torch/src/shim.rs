@@ -7,6 +7,7 @@ use torch_sys::C_tensor;
 
 use crate::{Error, Result};
 
+pub(crate) mod cuda;
 pub(crate) mod dist;
 pub(crate) mod fused;
 pub(crate) mod recompute;

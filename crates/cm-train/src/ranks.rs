@@ -10,7 +10,7 @@ use std::rc::Rc;
 use cm_torch::dist::ProcessGroup;
 use serde::Serialize;
 use serde_json::Value;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::spec::differences;
 use crate::trainer::SampleLoss;
@@ -54,9 +54,9 @@ impl<M: Trainable> Trainer<M> {
     ///
     /// # Errors
     /// [`Error::Setting`] if there are more ranks than images in a batch; [`cm_torch::Error::Rank`] if another rank has
-    /// other settings or another network.
+    /// other settings or another network, and what [`ProcessGroup::use_cuda`] may return where the network is on a GPU.
     pub fn join(&mut self, group: Rc<ProcessGroup>) -> Result<()> {
-        if group.size() == 1 {
+        if group.is_alone() {
             return Ok(());
         }
         if self.spec().batch < group.size() {
@@ -69,23 +69,29 @@ impl<M: Trainable> Trainer<M> {
             // Where they lie may differ.
             *weights = None;
         }
-        agree(&group, &serde_json::json!({ "train": settings }))?;
+        let device = self.device();
+        agree(&group, &serde_json::json!({ "train": settings, "on_gpu": device.is_cuda() }))?;
+        if device.is_cuda() {
+            group.use_cuda(device)?;
+        }
         let state = self.state_tensors();
         let form: Vec<_> = state
             .iter()
             .map(|(name, tensor)| (name, tensor.size(), format!("{:?}", tensor.kind())))
             .collect();
         agree(&group, &serde_json::json!({ "state": form }))?;
-        let mut kinds: Vec<Kind> = Vec::new();
+        // The optimiser's step is on the CPU, wherever the network is.
+        let sort = |tensor: &Tensor| (tensor.kind(), tensor.device());
+        let mut sorts: Vec<(Kind, Device)> = Vec::new();
         for (_, tensor) in &state {
-            if !kinds.contains(&tensor.kind()) {
-                kinds.push(tensor.kind());
+            if !sorts.contains(&sort(tensor)) {
+                sorts.push(sort(tensor));
             }
         }
-        for kind in kinds {
-            let of_kind: Vec<&Tensor> =
-                state.iter().map(|(_, tensor)| tensor).filter(|tensor| tensor.kind() == kind).collect();
-            group.broadcast_many("the state of rank 0", &of_kind, 0)?;
+        for wanted in sorts {
+            let of_sort: Vec<&Tensor> =
+                state.iter().map(|(_, tensor)| tensor).filter(|tensor| sort(tensor) == wanted).collect();
+            group.broadcast_many("the state of rank 0", &of_sort, 0)?;
         }
         if !self.spec().shard_state {
             // What the optimiser exports are handles on its moments, but its step is a copy.

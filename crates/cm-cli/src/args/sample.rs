@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::builder::RangedU64ValueParser;
 use clap::{Args, ValueEnum};
+use cm_model::Compute;
 use cm_torch::device::DeviceSpec;
 
 use super::{Dtype, SeedRange};
@@ -76,9 +77,19 @@ pub struct SampleArgs {
     /// What the network computes in.
     #[arg(long, value_enum, default_value = "f32")]
     pub dtype: Dtype,
+    /// On a GPU, record the network's pass for each batch size and do it again as one CUDA graph.
+    #[arg(long)]
+    pub cuda_graph: bool,
     /// Where to compute: auto, cpu, cuda or cuda:N.
     #[arg(long, default_value = "auto")]
     pub device: DeviceSpec,
+}
+
+impl SampleArgs {
+    /// How the network computes.
+    pub fn compute(&self) -> Compute {
+        Compute { graph: self.cuda_graph, ..self.dtype.compute() }
+    }
 }
 
 /// Noise that a stochastic sampler adds before each step (Karras et al. 2022, Algorithm 2).

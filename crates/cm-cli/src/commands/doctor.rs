@@ -1,13 +1,13 @@
 //! `cm doctor`: what the running program finds on the machine.
 
-use cm_torch::device;
+use cm_torch::{cuda, device};
 use tch::Device;
 
 use crate::exit::Outcome;
 
 /// Runs `cm doctor`.
 pub fn doctor() -> Outcome {
-    let cuda = match device::cuda_devices() {
+    let devices = match device::cuda_devices() {
         Ok(0) => "CUDA libraries opened, no device".to_owned(),
         Ok(count) => format!("{count} CUDA device(s)"),
         Err(reason) => format!("none: {reason}"),
@@ -17,7 +17,14 @@ pub fn doctor() -> Outcome {
     println!("libtorch        {}", description.libtorch);
     println!("CPU kernels     {}", description.cpu_capability);
     println!("CPU threads     {}", device::threads());
-    println!("CUDA            {cuda}");
+    println!("CUDA            {devices}");
+    if cuda::object_path().exists() || device::gpu_node().is_some() {
+        let object = match cuda::check_object() {
+            Ok(()) => format!("{} serves this program", cuda::object_path().display()),
+            Err(error) => format!("none: {error}"),
+        };
+        println!("CUDA object     {object}");
+    }
     let chosen = device::resolve_with_note(&device::DeviceSpec::Auto)?;
     let note = chosen.note.map(|note| format!(" ({note})")).unwrap_or_default();
     println!("--device auto   {:?}{note}", chosen.device);

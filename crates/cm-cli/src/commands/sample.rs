@@ -30,7 +30,7 @@ pub fn sample(args: &SampleArgs, ranks: &Ranks) -> Outcome {
     let file = source.read().or_usage()?;
     let path = source.path.display();
     ranks.agree_on(|| settings_of(args, &file)).or_usage()?;
-    let (spec, model) = file.into_model(device, args.dtype.compute()).or_usage()?;
+    let (spec, model) = file.into_model(device, args.compute()).or_usage()?;
     let labels = labels(args, spec.net.num_classes()).or_usage()?;
     let guided = guided(args, &model, &spec).with_context(|| path.to_string()).or_usage()?;
     let model = guided.as_ref().map_or(ModelRef::from(&model), |guided| ModelRef::Denoiser(guided));
@@ -114,7 +114,7 @@ pub fn each_batch(
     let source = ModelSource::find(&args.model, args.kind.as_deref(), args.ema.as_deref())?;
     // What `auto` chooses has been said.
     let device = ranks.device_again(&args.device)?;
-    let (spec, model) = source.read()?.into_model(device, args.dtype.compute())?;
+    let (spec, model) = source.read()?.into_model(device, args.compute())?;
     let labels = labels(args, spec.net.num_classes())?;
     let name = || source.path.display().to_string();
     let guided = guided(args, &model, &spec).with_context(name)?;

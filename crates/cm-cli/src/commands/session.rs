@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use cm_data::Dataset;
 use cm_net::ModelSpec;
 use cm_sampler::Request;
-use cm_torch::device::DeviceSpec;
+use cm_torch::device::{DeviceSpec, Resolved};
 use cm_train::{
     BoxError, Ending, EventFile, Networks, Observer, RankLog, Session, StepReport, Trainable, Trainer,
     Weights,
@@ -29,11 +29,15 @@ use crate::ui::{self, Bar};
 
 /// The device that was asked for; says what `auto` chose and why.
 pub fn device(spec: &DeviceSpec) -> Result<Device> {
-    let resolved = cm_torch::device::resolve_with_note(spec)?;
+    Ok(said(&cm_torch::device::resolve_with_note(spec)?))
+}
+
+/// The device, after why it is this one has been said.
+pub fn said(resolved: &Resolved) -> Device {
     if let Some(note) = &resolved.note {
         ui::say(&format!("device: {:?} ({note})", resolved.device));
     }
-    Ok(resolved.device)
+    resolved.device
 }
 
 /// A trainer before its first step, on networks that start as `start` says.

@@ -26,7 +26,7 @@ impl ProcessGroup {
     }
 
     fn in_buckets(&self, tensors: &[&Tensor], exchange: impl Fn(&Tensor) -> Result<()>) -> Result<()> {
-        if self.size() == 1 {
+        if self.is_alone() {
             return Ok(());
         }
         let _no_grad = tch::no_grad_guard();

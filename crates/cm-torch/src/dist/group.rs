@@ -1,19 +1,20 @@
-use std::cell::Cell;
+use std::cell::{Cell, OnceCell};
 use std::time::{Duration, Instant};
 
 use tch::{Device, Tensor};
 
+use super::cuda::{Gpu, give_up};
 use super::watch::{Fault, Keys, NO_FAULT, Watch};
 use super::{Keeper, Limits, Rendezvous};
 use crate::shim::dist::{Connect, Group, Store, Work};
 use crate::{Error, Result};
 
 /// How often a rank that waits looks for what may be wrong.
-const SLICE: Duration = Duration::from_millis(200);
-/// Gloo counts the time of an exchange too, and knows nothing of ranks that are busy.
-const NO_LIMIT: Duration = Duration::from_secs(30 * 24 * 3600);
+pub(super) const SLICE: Duration = Duration::from_millis(200);
+/// Backends count the time of an exchange too, and know nothing of ranks that are busy.
+pub(super) const NO_LIMIT: Duration = Duration::from_secs(30 * 24 * 3600);
 /// Limit for the connections between ranks that have all come.
-const CONNECT: Duration = Duration::from_secs(60);
+pub(super) const CONNECT: Duration = Duration::from_secs(60);
 
 /// Ranks that exchange tensors.
 ///
@@ -33,15 +34,19 @@ const CONNECT: Duration = Duration::from_secs(60);
 pub struct ProcessGroup {
     rank: usize,
     size: usize,
-    connected: Option<Connected>,
+    pub(super) connected: Option<Connected>,
 }
 
 #[derive(Debug)]
-struct Connected {
+pub(super) struct Connected {
     group: Group,
-    watch: Watch,
+    /// For tensors on this rank's GPU.
+    pub(super) gpu: OnceCell<Gpu>,
+    pub(super) watch: Watch,
     /// Kept until all is over: on rank 0 it is the store itself.
-    store: Store,
+    pub(super) store: Store,
+    /// What the names of these ranks begin with in the store.
+    pub(super) prefix: String,
     limits: Limits,
     ending: Cell<Ending>,
 }
@@ -80,10 +85,19 @@ impl ProcessGroup {
     /// [`Error::Rank`] for ranks that do not come within [`Limits::exchange`], that are there twice or count another
     /// number of ranks; [`Error::Exchange`] if the store cannot be made or reached.
     pub fn join(rendezvous: &Rendezvous, limits: Limits) -> Result<Self> {
-        let &Rendezvous { rank, world_size: size, .. } = rendezvous;
-        if size == 1 {
-            return Ok(Self::alone());
+        match rendezvous.world_size {
+            1 => Ok(Self::alone()),
+            _ => Self::connect(rendezvous, limits),
         }
+    }
+
+    /// [`join`](Self::join) that connects a group of one too: what such a group exchanges goes the way of what many do,
+    /// so that a backend can be tried where there is but one GPU.
+    ///
+    /// # Errors
+    /// As [`join`](Self::join).
+    pub fn connect(rendezvous: &Rendezvous, limits: Limits) -> Result<Self> {
+        let &Rendezvous { rank, world_size: size, .. } = rendezvous;
         let keys = match rendezvous.keeper {
             Keeper::RankZero => Keys { prefix: "cm/".to_owned() },
             Keeper::Launcher { attempt } => Keys { prefix: format!("cm/{attempt}/") },
@@ -114,7 +128,8 @@ impl ProcessGroup {
             let during = "connecting the ranks".to_owned();
             watch.fault().unwrap_or_else(|| Error::Exchange { during, cause: error.to_string() })
         })?;
-        let connected = Connected { group, watch, store, limits, ending: Cell::new(Ending::Open) };
+        let (gpu, ending) = (OnceCell::new(), Cell::new(Ending::Open));
+        let connected = Connected { group, gpu, watch, store, prefix: keys.prefix, limits, ending };
         Ok(Self { rank, size, connected: Some(connected) })
     }
 
@@ -130,6 +145,12 @@ impl ProcessGroup {
         self.size
     }
 
+    /// Whether there is nobody to exchange anything with, and exchanges do nothing.
+    #[must_use]
+    pub fn is_alone(&self) -> bool {
+        self.connected.is_none()
+    }
+
     /// Whether this is the rank that writes what there is to be one of.
     #[must_use]
     pub fn is_first(&self) -> bool {
@@ -139,7 +160,8 @@ impl ProcessGroup {
     /// Adds up `tensor` over all ranks, in place. The sum has the same bits on every rank.
     ///
     /// # Errors
-    /// [`Error::Value`] unless the tensor is contiguous and on the CPU; [`Error::Rank`] and [`Error::Exchange`] if
+    /// [`Error::Value`] unless the tensor is contiguous and on the CPU, or on the GPU of
+    /// [`use_cuda`](Self::use_cuda); [`Error::Rank`] and [`Error::Exchange`] if
     /// another rank is to blame, or the connection.
     pub fn all_reduce(&self, what: &str, tensor: &Tensor) -> Result<()> {
         self.exchange(what, tensor, |group| group.all_reduce(tensor))
@@ -228,11 +250,14 @@ impl ProcessGroup {
         start: impl FnOnce(&Group) -> Result<Work>,
     ) -> Result<()> {
         let Some(connected) = &self.connected else { return Ok(()) };
-        if tensor.device() != Device::Cpu || !tensor.is_contiguous() {
+        let group = connected.group_of(tensor.device()).filter(|_| tensor.is_contiguous());
+        let Some(group) = group else {
             let got = format!("{:?} {:?} on {:?}", tensor.kind(), tensor.size(), tensor.device());
-            return Err(Error::value(what, "a contiguous tensor on the CPU", got));
-        }
-        let result = connected.exchange(what, start);
+            let expected =
+                "a contiguous tensor on the CPU, or on a GPU that was connected to those of the others";
+            return Err(Error::value(what, expected, got));
+        };
+        let result = connected.exchange(what, || start(group));
         if let Err(error) = &result {
             connected.ending.set(Ending::Failed);
             if let Error::Rank { rank, cause } = error {
@@ -245,7 +270,14 @@ impl ProcessGroup {
 }
 
 impl Connected {
-    fn exchange(&self, what: &str, start: impl FnOnce(&Group) -> Result<Work>) -> Result<()> {
+    fn group_of(&self, device: Device) -> Option<&Group> {
+        match device {
+            Device::Cpu => Some(&self.group),
+            device => self.gpu.get().filter(|gpu| gpu.device == device).map(|gpu| &gpu.group),
+        }
+    }
+
+    fn exchange(&self, what: &str, start: impl FnOnce() -> Result<Work>) -> Result<()> {
         let failed = |cause: String| Error::Exchange { during: what.to_owned(), cause };
         if self.ending.get() != Ending::Open {
             return Err(failed("the ranks have parted".to_owned()));
@@ -256,7 +288,7 @@ impl Connected {
         self.watch.enter();
         let mut began = Instant::now();
         let broken = |error: Error| self.watch.inquest().unwrap_or_else(|| failed(error.to_string()));
-        let work = start(&self.group).map_err(broken)?;
+        let work = start().map_err(broken)?;
         while !work.wait(SLICE).map_err(broken)? {
             if let Some(error) = self.watch.fault() {
                 return Err(error);
@@ -288,13 +320,17 @@ impl Drop for ProcessGroup {
         if ending == Some(Ending::Open) {
             self.fail("it ended by a fault of the program");
         }
-        let Some(Connected { group, watch, store, .. }) = self.connected.take() else { return };
+        let Some(Connected { group, gpu, watch, store, .. }) = self.connected.take() else { return };
+        let gpu = gpu.into_inner();
         if ending == Some(Ending::Left) {
-            drop(group);
+            drop((gpu, group));
             watch.close();
             drop(store);
         } else {
             watch.linger();
+            if let Some(gpu) = gpu {
+                give_up(gpu);
+            }
             // Closing would wait for exchanges that do not come to an end. The process is about to.
             std::mem::forget((group, watch, store));
         }

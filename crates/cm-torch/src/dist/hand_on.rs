@@ -8,13 +8,13 @@ const KINDS: [Kind; 4] = [Kind::Uint8, Kind::Int64, Kind::Float, Kind::Double];
 
 impl ProcessGroup {
     /// Hands the `tensors` of rank `root` on to all ranks, which need not know how many there are, nor their shapes. On
-    /// the other ranks `tensors` does not count.
+    /// the other ranks `tensors` does not count. They go and come as tensors on the CPU.
     ///
     /// # Errors
     /// As [`broadcast`](Self::broadcast); [`Error::Value`] for tensors of other kinds than uint8, int64, float32 and
     /// float64.
     pub fn hand_on(&self, what: &str, tensors: &[Tensor], root: usize) -> Result<Vec<Tensor>> {
-        if self.size() == 1 {
+        if self.is_alone() {
             return Ok(tensors.iter().map(Tensor::shallow_clone).collect());
         }
         let is_root = self.rank() == root;
@@ -29,7 +29,10 @@ impl ProcessGroup {
         self.broadcast(what, &sent, root)?;
         let device = tch::Device::Cpu;
         let all = match is_root {
-            true => tensors.iter().map(|tensor| Ok(tensor.f_contiguous()?)).collect::<Result<Vec<_>>>()?,
+            true => tensors
+                .iter()
+                .map(|tensor| Ok(tensor.f_to_device(device)?.f_contiguous()?))
+                .collect::<Result<Vec<_>>>()?,
             false => parsed(&Vec::<i64>::try_from(&sent)?)
                 .into_iter()
                 .map(|(kind, shape)| Ok(Tensor::f_empty(shape, (kind, device))?))

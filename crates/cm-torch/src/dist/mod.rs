@@ -1,4 +1,5 @@
-//! Processes that train together: they meet at c10d's `TCPStore` and exchange tensors through its Gloo backend.
+//! Processes that train together: they meet at c10d's `TCPStore` and exchange tensors through its Gloo backend;
+//! those that lie on GPUs through NCCL, once [`ProcessGroup::use_cuda`] has been called.
 //!
 //! Each process is a *rank* of a [`ProcessGroup`]. All ranks make the same calls in the same order; each call gives a
 //! name to what is exchanged, which errors repeat. Nothing here waits for ever: ranks say once or twice a second that
@@ -15,6 +16,7 @@
 //! A group of one needs no network, and its exchanges do nothing.
 
 mod buckets;
+mod cuda;
 mod group;
 mod hand_on;
 mod rendezvous;

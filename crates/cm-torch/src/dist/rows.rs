@@ -63,6 +63,10 @@ impl Row {
         self.len() == 0
     }
 
+    fn device(&self) -> Device {
+        self.tensors.first().map_or(Device::Cpu, Tensor::device)
+    }
+
     /// The tensors, or pieces of them, that `range` is made of.
     ///
     /// # Errors
@@ -114,7 +118,7 @@ impl ProcessGroup {
     /// As [`all_reduce`](Self::all_reduce).
     pub fn all_gather_row(&self, what: &str, row: &Row) -> Result<()> {
         let _no_grad = tch::no_grad_guard();
-        self.in_parts(row.len(), |place, own, all| {
+        self.in_parts(row.len(), row.device(), |place, own, all| {
             row.read(place(self.rank()), own)?;
             self.exchange(what, own, |group| group.all_gather(own, all))?;
             let mut others = (0..self.size()).filter(|&rank| rank != self.rank());
@@ -137,7 +141,8 @@ impl ProcessGroup {
     ) -> Result<()> {
         let _no_grad = tch::no_grad_guard();
         let start = self.check_rows(what, numbers, own, whole, root)?;
-        self.in_parts(numbers, |place, flat, all| {
+        // Rare, and large on one rank: by way of the CPU, wherever the rows lie.
+        self.in_parts(numbers, Device::Cpu, |place, flat, all| {
             own.read(relative(place(self.rank()), start), flat)?;
             self.exchange(what, flat, |group| group.gather(flat, whole.map(|_| all), root))?;
             let Some(whole) = whole else { return Ok(()) };
@@ -159,7 +164,7 @@ impl ProcessGroup {
     ) -> Result<()> {
         let _no_grad = tch::no_grad_guard();
         let start = self.check_rows(what, numbers, own, whole, root)?;
-        self.in_parts(numbers, |place, flat, all| {
+        self.in_parts(numbers, Device::Cpu, |place, flat, all| {
             if let Some(whole) = whole {
                 for rank in 0..self.size() {
                     whole.read(place(rank), &part_of(all, rank, self.size())?)?;
@@ -171,14 +176,15 @@ impl ProcessGroup {
     }
 
     /// Calls `work` for one part of all shares after another, so that what is exchanged at a time fits into a bucket.
-    /// It is told which numbers of the row the part of a rank's share are, and given room for its own part and, rank by
-    /// rank, for those of all.
+    /// It is told which numbers of the row the part of a rank's share are, and given room on `device` for its own part
+    /// and, rank by rank, for those of all.
     fn in_parts(
         &self,
         numbers: usize,
+        device: Device,
         work: impl Fn(&dyn Fn(usize) -> Range<usize>, &Tensor, &Tensor) -> Result<()>,
     ) -> Result<()> {
-        if self.size() == 1 {
+        if self.is_alone() {
             return Ok(());
         }
         let (share, ranks) = (numbers.div_ceil(self.size()), self.size());
@@ -191,7 +197,7 @@ impl ProcessGroup {
                 bound(start)..bound(end)
             };
             // Where a share ends early, zeros stand behind it.
-            let zeros = |length: usize| Tensor::f_zeros([length as i64], (Kind::Float, Device::Cpu));
+            let zeros = |length: usize| Tensor::f_zeros([length as i64], (Kind::Float, device));
             work(&place, &zeros(end - start)?, &zeros(ranks * (end - start))?)?;
         }
         Ok(())

@@ -158,6 +158,42 @@ fn rows_are_shared_out_and_put_together_again() {
 }
 
 #[test]
+fn a_group_of_one_that_is_connected_exchanges_with_itself() {
+    let rendezvous = rendezvous(0, 1, free_port());
+    assert!(ProcessGroup::join(&rendezvous, limits(60)).unwrap().is_alone());
+    let group = ProcessGroup::connect(&rendezvous, limits(60)).unwrap();
+    assert_eq!((group.rank(), group.size(), group.is_alone()), (0, 1, false));
+    let numbers = Tensor::arange(24, (Kind::Float, tch::Device::Cpu)).view([2, 3, 4]);
+    let own = numbers.copy();
+    group.all_reduce_many("numbers", &[&own, &own.get(0)]).unwrap();
+    group.broadcast("numbers", &own, 0).unwrap();
+    group.all_gather_row("numbers", &Row::of([&own]).unwrap()).unwrap();
+    assert!(own.equal(&numbers));
+    assert_eq!(group.all_gather("text", b"one").unwrap(), [b"one".to_vec()]);
+    assert!(
+        group.hand_on("numbers", &[numbers.transpose(0, 2)], 0).unwrap()[0].equal(&numbers.transpose(0, 2))
+    );
+    // It is exchanged, and so what cannot be is refused.
+    assert!(group.all_reduce("columns", &numbers.transpose(0, 2)).is_err());
+    group.leave().unwrap();
+}
+
+#[test]
+fn a_group_is_not_given_a_gpu_that_is_none_or_cannot_be_used() {
+    let group = ProcessGroup::connect(&rendezvous(0, 1, free_port()), limits(60)).unwrap();
+    let error = group.use_cuda(tch::Device::Cpu).unwrap_err().to_string();
+    assert_eq!(error, "connecting the GPUs: expected a CUDA device, got Cpu");
+    // No machine has this one; without the object, that is said first.
+    let error = group.use_cuda(tch::Device::Cuda(100)).unwrap_err();
+    let is_said =
+        matches!(error, Error::CudaObject { .. } | Error::DeviceMissing { .. } | Error::Exchange { .. });
+    assert!(is_said, "{error}");
+    assert!(!error.to_string().contains('\n'), "{error}");
+    group.leave().unwrap();
+    ProcessGroup::alone().use_cuda(tch::Device::Cuda(0)).unwrap();
+}
+
+#[test]
 fn a_rank_that_fails_ends_the_exchange_of_the_others_with_its_cause() {
     let began = Instant::now();
     let errors = on_ranks(3, 60, |group| {

@@ -7,6 +7,7 @@ use std::time::Duration;
 use tch::Tensor;
 use torch_sys::C_tensor;
 
+use super::cuda::Object;
 use super::{check, take_string};
 use crate::{Error, Result};
 
@@ -41,6 +42,7 @@ unsafe extern "C" {
         out: *mut *mut c_void,
     ) -> *mut c_char;
     fn cm_group_close(group: *mut c_void);
+    fn cm_group_abort(group: *mut c_void) -> *mut c_char;
     fn cm_group_all_reduce(
         group: *mut c_void,
         tensor: *const C_tensor,
@@ -164,7 +166,7 @@ pub(crate) struct Connect<'a> {
     pub timeout: Duration,
 }
 
-/// Ranks connected by Gloo.
+/// Ranks connected by one of c10d's backends.
 #[derive(Debug)]
 pub(crate) struct Group(NonNull<c_void>);
 
@@ -172,6 +174,7 @@ pub(crate) struct Group(NonNull<c_void>);
 unsafe impl Send for Group {}
 
 impl Group {
+    /// Connects the ranks by Gloo, for tensors on the CPU.
     pub(crate) fn open(store: &Store, how: &Connect<'_>) -> Result<Self> {
         let number = |value: usize| c_int::try_from(value).unwrap_or(c_int::MAX);
         let prefix = text(how.prefix)?;
@@ -193,6 +196,37 @@ impl Group {
             )
         })?;
         made(out).map(Self)
+    }
+
+    /// Prepares NCCL, for tensors on the GPU of index `device`; the first exchange connects the ranks.
+    pub(crate) fn open_nccl(
+        object: &Object,
+        store: &Store,
+        how: &Connect<'_>,
+        device: usize,
+    ) -> Result<Self> {
+        let prefix = text(how.prefix)?;
+        let mut out = std::ptr::null_mut();
+        // SAFETY: the object was built from sources that declare the function so, against this libtorch; store and
+        // text live through the call, which keeps a counted pointer on the one and copies the other.
+        check(unsafe {
+            (object.nccl_open)(
+                store.0.as_ptr(),
+                prefix.as_ptr(),
+                how.rank as c_int,
+                how.size as c_int,
+                device as c_int,
+                milliseconds(how.timeout),
+                &mut out,
+            )
+        })?;
+        made(out).map(Self)
+    }
+
+    /// Gives up the exchanges that are under way.
+    pub(crate) fn abort(&self) -> Result<()> {
+        // SAFETY: the group is alive.
+        check(unsafe { cm_group_abort(self.0.as_ptr()) })
     }
 
     /// Starts adding up `tensor`, which is contiguous, over all ranks, in place.
