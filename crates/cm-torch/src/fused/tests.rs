@@ -262,8 +262,16 @@ fn exact(inputs: &[Tensor], k: i64) -> [Tensor; 2] {
     [leaves[1].grad(), leaves[2].grad()]
 }
 
+/// The processor names them, and the system lends them to this process: a sandbox may not.
 fn has_tiles() -> bool {
-    std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| text.contains("amx_bf16"))
+    let x = channels_last(&randn(&[1, 16, 1, 1])).to_kind(Kind::BFloat16);
+    let (weight, bias) = (randn(&[16, 16, 1, 1]), randn(&[16]));
+    let (weight, bias) = (weight.set_requires_grad(true), bias.set_requires_grad(true));
+    let _bf16 = Autocast::enter(Device::Cpu, Some(Kind::BFloat16));
+    let there = tile_conv(&x, (&weight, &bias), (1, 0)).is_some();
+    let named = std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| text.contains("amx_bf16"));
+    assert!(named || !there, "tiles on a processor without them");
+    there
 }
 
 #[test]
