@@ -49,7 +49,8 @@ enum Command {
   cargo xtask build -p cm-cli")]
     Build(Rest),
 
-    /// Build libcm_cuda.so, which several ranks on GPUs need, beside the programs (needs CUDA's headers, but no GPU)
+    /// Build libcm_cuda.so, which several ranks on GPUs and CUDA graphs need, beside the programs (needs CUDA's headers,
+    /// but no GPU)
     #[command(name = "cuda-object")]
     #[command(after_help = "Examples:
   cargo xtask setup --cuda && cargo xtask cuda-object

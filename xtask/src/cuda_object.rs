@@ -18,6 +18,8 @@ mod fingerprint;
 
 /// Name of the object; `cm_torch::cuda` looks for it beside the program.
 pub const FILE: &str = "libcm_cuda.so";
+/// The variable by which programs are told of an object elsewhere.
+pub const VARIABLE: &str = "CM_CUDA_OBJECT";
 
 /// One header of each wheel that is needed, from the folder of wheels.
 const CUDA: &str = "nvidia/cu13/include/cuda_runtime_api.h";

@@ -200,15 +200,20 @@ fn cuda(gpus: &Gpus, visible: Option<&str>) -> Finding {
     Finding::new(Level::Ok, "cuda", format!("{devices}{driver}"))
 }
 
-/// Several ranks on GPUs need it, and nothing else does.
+/// What several ranks on GPUs and CUDA graphs need: where the variable says, or beside the program.
 fn object() -> Finding {
-    match runner::built("cm").map(|cm| cm.with_file_name(cuda_object::FILE)) {
-        Ok(file) if file.exists() => Finding::new(Level::Ok, "ranks", file.display().to_string()),
+    let named = env::var_os(cuda_object::VARIABLE).filter(|name| !name.is_empty());
+    let file = match named {
+        Some(name) => Ok(name.into()),
+        None => runner::built("cm").map(|cm| cm.with_file_name(cuda_object::FILE)),
+    };
+    match file {
+        Ok(file) if file.is_file() => Finding::new(Level::Ok, "graphs", file.display().to_string()),
         Ok(_) => {
-            let text = "several ranks on GPUs need the CUDA object: run `cargo xtask cuda-object`";
-            Finding::new(Level::Note, "ranks", text)
+            let text = "several ranks on GPUs, and --cuda-graph, need the CUDA object: run `cargo xtask cuda-object`";
+            Finding::new(Level::Note, "graphs", text)
         }
-        Err(why) => Finding::new(Level::Note, "ranks", one_line(&why)),
+        Err(why) => Finding::new(Level::Note, "graphs", one_line(&why)),
     }
 }
 

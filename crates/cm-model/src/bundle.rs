@@ -1,5 +1,6 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
@@ -27,8 +28,9 @@ impl Bundle {
     /// # Errors
     /// [`Error::Io`] if the file cannot be read; [`Error::File`] if it is not a whole safetensors file.
     pub fn read(path: &Path) -> Result<Self> {
-        let (metadata, places) = Self::read_places(path)?;
-        let mut file = std::fs::File::open(path).map_err(|e| Error::io(path, "opening", e))?;
+        // One handle for head and tensors: another file may take this one's place meanwhile.
+        let mut file = File::open(path).map_err(|e| Error::io(path, "reading", e))?;
+        let (metadata, places) = Self::read_places(&mut file, path)?;
         let mut tensors = TensorMap::new();
         // One after the other: the file is never in memory beside its tensors.
         let mut bytes = Vec::new();
@@ -71,7 +73,8 @@ impl Bundle {
     /// # Errors
     /// As [`Bundle::read`].
     pub fn read_header(path: &Path) -> Result<(BTreeMap<String, String>, Vec<TensorInfo>)> {
-        let (metadata, places) = Self::read_places(path)?;
+        let mut file = File::open(path).map_err(|e| Error::io(path, "reading", e))?;
+        let (metadata, places) = Self::read_places(&mut file, path)?;
         let info = |place: Place| {
             let shape = place.shape.iter().map(|&n| n as i64).collect();
             (place.name, shape, format!("{:?}", place.dtype))
@@ -82,9 +85,8 @@ impl Bundle {
     }
 
     /// The text of a file, and where its tensors lie: one behind the other, up to its end.
-    fn read_places(path: &Path) -> Result<(BTreeMap<String, String>, Vec<Place>)> {
+    fn read_places(file: &mut File, path: &Path) -> Result<(BTreeMap<String, String>, Vec<Place>)> {
         let problem = |problem: String| Error::File { path: path.into(), problem };
-        let mut file = std::fs::File::open(path).map_err(|e| Error::io(path, "reading", e))?;
         let total = file.metadata().map_err(|e| Error::io(path, "reading", e))?.len();
         let mut length = [0u8; 8];
         file.read_exact(&mut length)

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 
+use cm_torch::autocast;
 use cm_torch::cuda::{Graph, check_graphs};
 use tch::{Device, Kind, Tensor};
 
@@ -10,7 +11,7 @@ use crate::{Backbone, Cond, ImageShape, Params, Result};
 /// Passes of so many sorts are recorded; each holds memory of its own.
 const MOST: usize = 8;
 
-/// A network on a GPU that records its pass once for each shape of its inputs, and does it again as one CUDA graph:
+/// A network on a GPU that records its pass once for each shape and dtype of its inputs, and does it again as one CUDA graph:
 /// the host starts one piece of work instead of hundreds. See [`cm_torch::cuda::Graph`].
 ///
 /// It is for sampling: training, inputs with gradients and augmented ones go through the network itself. Its weights
@@ -36,8 +37,11 @@ struct Pass {
 /// What one recorded pass can take.
 #[derive(Debug, PartialEq, Eq)]
 struct Sort {
+    kind: Kind,
     size: Vec<i64>,
     stride: Vec<i64>,
+    /// Mixed precision, which a graph does not choose anew.
+    autocast: Option<Kind>,
     labels: Option<(Kind, Vec<i64>)>,
 }
 
@@ -91,7 +95,8 @@ impl<B: Backbone> Backbone for Graphed<B> {
             return self.net.forward(x, c_noise, cond, train);
         }
         let labels = cond.labels.as_ref().map(|labels| (labels.kind(), labels.size()));
-        let sort = Sort { size: x.size(), stride: x.stride(), labels };
+        let autocast = autocast::current(self.device);
+        let sort = Sort { kind: x.kind(), size: x.size(), stride: x.stride(), autocast, labels };
         let mut passes = self.passes.borrow_mut();
         let known = passes.iter().position(|pass| pass.sort == sort);
         let pass = match known {

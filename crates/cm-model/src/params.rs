@@ -103,7 +103,7 @@ impl ParamsBuilder {
     }
 
     /// A builder whose parameters are shapes alone, without memory of their own: for a network whose parameters
-    /// are counted, or compared with a file, and never loaded or evaluated.
+    /// are counted, compared with a file, or [adopted](Params::adopt) from one, which alone gives them values.
     pub fn shapes() -> Self {
         Self { entries: RefCell::default(), start: Start::Shapes, device: Device::Cpu }
     }
@@ -251,18 +251,33 @@ impl Params {
         Ok(())
     }
 
-    /// [`load`](Self::load) of tensors that nobody else uses: those on the CPU with the right dtype are taken as they are,
-    /// without a copy. The parameters, which may be shapes alone ([`ParamsBuilder::shapes`]), must be on the CPU.
+    /// [`load`](Self::load) of tensors that are not needed any longer: what is on the CPU in the right dtype, and the only
+    /// use of its memory, is taken as it is, and the rest copied. The parameters may be shapes alone
+    /// ([`ParamsBuilder::shapes`]).
     ///
     /// # Errors
-    /// As [`load`](Self::load).
+    /// As [`load`](Self::load); [`Error::Value`] for parameters that are not on the CPU.
     pub fn adopt(&self, mut tensors: TensorMap, cast: Cast) -> Result<()> {
+        if self.device != Device::Cpu {
+            return Err(Error::Value {
+                what: "device of parameters that adopt tensors".into(),
+                expected: "Cpu".into(),
+                got: format!("{:?}", self.device),
+            });
+        }
         self.check(&tensors, cast)?;
         let _no_grad = tch::no_grad_guard();
         for (name, tensor) in self.iter() {
             let Some(value) = tensors.remove(name) else { continue };
-            let value = value.f_detach()?.f_to_device(Device::Cpu)?.f_to_kind(tensor.kind())?;
-            tensor.shallow_clone().set_data(&value);
+            let fits = value.device() == Device::Cpu && value.kind() == tensor.kind();
+            let value = if fits && memory_format::is_alone(&value) {
+                value.f_detach()?
+            } else {
+                let mut own = Tensor::f_empty(tensor.size(), (tensor.kind(), Device::Cpu))?;
+                own.f_copy_(&value)?;
+                own
+            };
+            tensor.shallow_clone().f_set_data(&value)?;
         }
         Ok(())
     }

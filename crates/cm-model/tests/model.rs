@@ -147,6 +147,14 @@ fn adopted_weights_are_what_the_layers_compute_with() {
     let place = values["conv.weight"].data_ptr();
     b.params.adopt(values, Cast::Never).unwrap();
     assert_eq!((max_difference(&a.weight, &b.weight), b.weight.data_ptr()), (0.0, place));
+    // Memory that is another's too, and a place that is read several times, are copied.
+    let shared = a.params.snapshot();
+    let handle = shared["conv.weight"].shallow_clone();
+    b.params.adopt(shared, Cast::Never).unwrap();
+    assert!(b.weight.data_ptr() != handle.data_ptr() && max_difference(&b.weight, &handle) == 0.0);
+    let one = Tensor::from(0.5f32).expand([2, 2, 1, 1], false);
+    b.params.adopt(TensorMap::from([("conv.weight".to_owned(), one)]), Cast::Never).unwrap();
+    assert!(b.weight.is_contiguous());
     // Shapes alone, and another dtype.
     let half: TensorMap =
         a.params.snapshot().into_iter().map(|(name, t)| (name, t.to_kind(Kind::Half))).collect();

@@ -12,7 +12,8 @@ namespace {
 // Work is recorded on a stream of its own, which is the thread's current one from entering to leaving.
 struct Recording {
   explicit Recording(c10::DeviceIndex device)
-      : side(c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device)),
+      : device_before(c10::cuda::current_device()),
+        side(c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device)),
         before(c10::cuda::getCurrentCUDAStream(device)),
         keeps_casts(at::autocast::is_autocast_cache_enabled()) {}
 
@@ -22,9 +23,11 @@ struct Recording {
     }
     is_entered = false;
     c10::cuda::setCurrentCUDAStream(before);
+    c10::cuda::set_device(device_before);
     at::autocast::set_autocast_cache_enabled(keeps_casts);
   }
 
+  c10::DeviceIndex device_before;
   at::cuda::CUDAGraph graph;
   c10::cuda::CUDAStream side;
   c10::cuda::CUDAStream before;
@@ -41,12 +44,12 @@ extern "C" {
 char* cm_graph_enter(int device, void** out) {
   return cm_guard([&] {
     const auto index = static_cast<c10::DeviceIndex>(device);
-    c10::cuda::set_device(index);
-    // What the work reads was made on other streams.
-    c10::cuda::device_synchronize();
     auto* recording = new Recording(index);
     *out = recording;
     recording->is_entered = true;
+    c10::cuda::set_device(index);
+    // What the work reads was made on other streams.
+    c10::cuda::device_synchronize();
     c10::cuda::setCurrentCUDAStream(recording->side);
     // Weights that autocast has cast and keeps would go at the end of its region, and the graph would read them still.
     at::autocast::set_autocast_cache_enabled(false);

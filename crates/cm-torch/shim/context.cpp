@@ -124,6 +124,13 @@ char* cm_channels_last(cm_tensor input, cm_tensor* output) {
   return cm_guard([&] { *output = new at::Tensor(input->contiguous(at::MemoryFormat::ChannelsLast)); });
 }
 
+// Whether the tensor fills its memory and nobody else holds either of them.
+bool cm_is_alone(cm_tensor input) {
+  const auto& t = *input;
+  return t.use_count() == 1 && t.has_storage() && t.storage().use_count() == 1 && t.is_non_overlapping_and_dense() &&
+      t.storage_offset() == 0 && t.storage().nbytes() == t.nbytes();
+}
+
 bool cm_is_channels_last(cm_tensor input) {
   return input->dim() == 4 && input->is_contiguous(at::MemoryFormat::ChannelsLast);
 }

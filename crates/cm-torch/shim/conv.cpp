@@ -67,8 +67,9 @@ struct TileConv : public torch::autograd::Function<TileConv> {
   }
 };
 
-bool is_leaf_weight(const at::Tensor& t) {
-  return t.is_cpu() && t.scalar_type() == at::kFloat && t.requires_grad() && !t._fw_grad(/*level=*/0).defined();
+// A weight `[O, C, k, k]` or bias `[O]` that is trained.
+bool is_trained(const at::Tensor& t, int64_t axes) {
+  return t.dim() == axes && t.numel() > 0 && t.is_cpu() && t.scalar_type() == at::kFloat && t.requires_grad() && !t._fw_grad(/*level=*/0).defined();
 }
 
 bool computes_in_bfloat16() {
@@ -83,9 +84,10 @@ extern "C" {
 char* cm_tile_conv(cm_tensor x, cm_tensor weight, cm_tensor bias, cm_tensor* y) {
   return cm_guard([&] {
     *y = nullptr;
-    if (!at::GradMode::is_enabled() || !is_leaf_weight(*weight) || !is_leaf_weight(*bias) || !computes_in_bfloat16() ||
+    if (!at::GradMode::is_enabled() || !is_trained(*weight, 4) || !is_trained(*bias, 1) || !computes_in_bfloat16() ||
         !x->is_cpu() || x->dim() != 4 || x->scalar_type() != at::kBFloat16 || x->_fw_grad(/*level=*/0).defined() ||
-        x->numel() == 0 || !cm_fits_tiles(*x, weight->size(0), weight->size(2))) {
+        x->numel() == 0 || weight->size(1) != x->size(1) || weight->size(2) != weight->size(3) ||
+        bias->size(0) != weight->size(0) || !cm_fits_tiles(*x, weight->size(0), weight->size(2))) {
       return;
     }
     *y = new at::Tensor(TileConv::apply(*x, *weight, *bias));

@@ -22,6 +22,23 @@ namespace {
 
 using WorkPtr = c10::intrusive_ptr<c10d::Work>;
 
+// c10d's own watch over NCCL ends the process, by its own limits and with its own words. Ranks are watched by
+// cm_torch::dist, whose errors name one. What the user has set stays. It is done before there are threads that read the
+// environment.
+void leave_errors_to_us() {
+  const char* const settings[][2] = {
+      // 0: an error becomes one of the exchange, and nothing else happens.
+      {"TORCH_NCCL_ASYNC_ERROR_HANDLING", "0"},
+      {"TORCH_NCCL_RETHROW_CUDA_ERRORS", "0"},
+      {"TORCH_NCCL_ENABLE_MONITORING", "0"},
+      // It would write files into the folder for temporary ones.
+      {"TORCH_NCCL_DUMP_ON_TIMEOUT", "0"},
+  };
+  for (const auto& [name, value] : settings) {
+    setenv(name, value, /*overwrite=*/0);
+  }
+}
+
 // An exchange that is under way.
 struct Exchange {
   WorkPtr work;
@@ -72,6 +89,7 @@ extern "C" {
 char* cm_store_open(const char* host, uint16_t port, bool server, int64_t timeout_ms, void** out) {
   return cm_guard([&] {
     quieten();
+    leave_errors_to_us();
     c10d::TCPStoreOptions options;
     options.port = port;
     options.isServer = server;

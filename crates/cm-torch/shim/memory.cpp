@@ -13,20 +13,29 @@
 #endif
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <climits>
 #include <cstddef>
+#include <cstdint>
 #include <mutex>
-#include <vector>
 
 namespace {
 
 // In front of every block, as far as tensors are aligned.
 constexpr size_t kHead = 64;
 constexpr size_t kLeastStep = 6; // 64 bytes
+// Steps up to 2^57 bytes, with 64 sizes each: more than any machine addresses.
+constexpr size_t kSteps = 52;
+constexpr size_t kKinds = kSteps * 64;
+constexpr size_t kMostBytes = size_t{1} << 57;
 
 struct Head {
   size_t kind, size;
+  // The next idle block of its size.
+  Head* next;
 };
+static_assert(sizeof(Head) <= kHead);
 
 // The sizes that blocks have: multiples of 2^step, 33 to 64 of them but for the smallest, so that rounding up costs a
 // thirtieth at most.
@@ -36,12 +45,13 @@ Head head_of(size_t bytes) {
     ++step;
   }
   const size_t count = (bytes + (size_t{1} << step) - 1) >> step;
-  return {(step - kLeastStep) * 64 + count - 1, count << step};
+  return {(step - kLeastStep) * 64 + count - 1, count << step, nullptr};
 }
 
 class Keeper final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
+    TORCH_CHECK(bytes <= kMostBytes, "no machine has memory for a tensor of ", bytes, " bytes");
     void* data = bytes == 0 ? nullptr : take(head_of(bytes));
     return {data, data, &give_back, c10::Device(c10::DeviceType::CPU)};
   }
@@ -54,37 +64,55 @@ class Keeper final : public c10::Allocator {
     default_copy_data(dest, src, count);
   }
 
- private:
-  void* take(Head head) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      used_ += head.size;
-      most_ = std::max(most_, used_);
-      if (head.kind < idle_.size() && !idle_[head.kind].empty()) {
-        void* data = idle_[head.kind].back();
-        idle_[head.kind].pop_back();
-        idle_bytes_ -= head.size;
-        return data;
-      }
-      // What lies idle may cost a quarter more than tensors ever took at once.
-      const size_t limit = most_ + most_ / 4 + (size_t{32} << 20);
-      release(limit > used_ ? limit - used_ : 0);
-    }
-    return fresh(head);
+  // Bytes in tensors.
+  size_t used() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return used_;
   }
 
-  void* fresh(Head head) {
+ private:
+  static void* data_of(Head* block) {
+    return reinterpret_cast<char*>(block) + kHead;
+  }
+
+  void* take(const Head& head) {
+    Head* block = idle(head);
+    if (block == nullptr) {
+      block = fresh(head);
+    }
+    const std::lock_guard<std::mutex> lock(mutex_);
+    used_ += head.size;
+    most_ = std::max(most_, used_);
+    return data_of(block);
+  }
+
+  // A block that waits, or none, and then room for one more.
+  Head* idle(const Head& head) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Head*& first = idle_.at(head.kind);
+    if (first != nullptr) {
+      Head* block = first;
+      first = block->next;
+      idle_bytes_ -= head.size;
+      return block;
+    }
+    // What lies idle may cost a quarter more than tensors ever took at once.
+    const size_t used = used_ + head.size, most = std::max(most_, used);
+    release(most + most / 4 + (size_t{32} << 20) - used);
+    return nullptr;
+  }
+
+  Head* fresh(const Head& head) {
     for (bool again = false;; again = true) {
       try {
-        void* block = c10::alloc_cpu(head.size + kHead);
-        *static_cast<Head*>(block) = head;
-        return static_cast<char*>(block) + kHead;
+        auto* block = static_cast<Head*>(c10::alloc_cpu(head.size + kHead));
+        *block = head;
+        return block;
       } catch (...) {
-        const std::lock_guard<std::mutex> lock(mutex_);
         if (again) {
-          used_ -= head.size;
           throw;
         }
+        const std::lock_guard<std::mutex> lock(mutex_);
         release(0);
       }
     }
@@ -93,23 +121,20 @@ class Keeper final : public c10::Allocator {
   // Gives idle blocks back to the C library, the largest first, until no more than `bytes` are left.
   void release(size_t bytes) {
     for (size_t kind = idle_.size(); kind-- > 0 && idle_bytes_ > bytes;) {
-      auto& blocks = idle_[kind];
-      while (!blocks.empty() && idle_bytes_ > bytes) {
-        idle_bytes_ -= head_at(blocks.back()).size;
-        c10::free_cpu(static_cast<char*>(blocks.back()) - kHead);
-        blocks.pop_back();
+      while (idle_[kind] != nullptr && idle_bytes_ > bytes) {
+        Head* block = idle_[kind];
+        idle_[kind] = block->next;
+        idle_bytes_ -= block->size;
+        c10::free_cpu(block);
       }
     }
-  }
-
-  static Head head_at(void* data) {
-    return *reinterpret_cast<Head*>(static_cast<char*>(data) - kHead);
   }
 
   static void give_back(void* data);
 
   std::mutex mutex_;
-  std::vector<std::vector<void*>> idle_;
+  // Lists of idle blocks, by kind.
+  std::array<Head*, kKinds> idle_{};
   size_t used_ = 0, most_ = 0, idle_bytes_ = 0;
 };
 
@@ -119,29 +144,35 @@ Keeper& keeper() {
   return *only;
 }
 
+std::atomic<bool> is_kept = false;
+
 void Keeper::give_back(void* data) {
   if (data == nullptr) {
     return;
   }
   Keeper& all = keeper();
-  const Head head = head_at(data);
+  auto* block = reinterpret_cast<Head*>(static_cast<char*>(data) - kHead);
   const std::lock_guard<std::mutex> lock(all.mutex_);
-  if (all.idle_.size() <= head.kind) {
-    all.idle_.resize(head.kind + 1);
-  }
-  all.idle_[head.kind].push_back(data);
-  all.used_ -= head.size;
-  all.idle_bytes_ += head.size;
+  block->next = all.idle_[block->kind];
+  all.idle_[block->kind] = block;
+  all.used_ -= block->size;
+  all.idle_bytes_ += block->size;
 }
 
 } // namespace
 
 extern "C" {
 
+// Bytes in tensors that were made since memory is kept; -1 if it is not.
+int64_t cm_kept_bytes() {
+  return is_kept ? static_cast<int64_t>(keeper().used()) : -1;
+}
+
 // Has tensors keep what they give back, and glibc what kernels take beside them, up to 2 GB in pieces of up to 32 MB, the
 // most that glibc allows: pages that return to the system are cleared when it hands them out again.
 void cm_keep_memory() {
   c10::SetCPUAllocator(&keeper(), 1);
+  is_kept = true;
 #if defined(__GLIBC__)
   mallopt(M_MMAP_THRESHOLD, 32 << 20);
   mallopt(M_TRIM_THRESHOLD, INT_MAX);

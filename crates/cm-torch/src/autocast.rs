@@ -56,6 +56,13 @@ impl Autocast {
     }
 }
 
+/// The dtype of the region that this thread is in for the type of `device`: `None` outside of any, and in one of plain
+/// float32.
+#[must_use]
+pub fn current(device: Device) -> Option<Kind> {
+    shim::autocast_kind(device)
+}
+
 impl Drop for Autocast {
     fn drop(&mut self) {
         if let Some(before) = self.before.take() {
@@ -88,12 +95,12 @@ mod tests {
         assert_eq!(product_kind(), Kind::Float);
         {
             let _outer = Autocast::enter(Device::Cpu, Some(Kind::BFloat16));
-            assert_eq!(product_kind(), Kind::BFloat16);
+            assert_eq!((product_kind(), current(Device::Cpu)), (Kind::BFloat16, Some(Kind::BFloat16)));
             {
                 let _inner = Autocast::enter(Device::Cpu, Some(Kind::Half));
                 assert_eq!(product_kind(), Kind::Half);
                 let _off = Autocast::enter(Device::Cpu, None);
-                assert_eq!(product_kind(), Kind::Float);
+                assert_eq!((product_kind(), current(Device::Cpu)), (Kind::Float, None));
             }
             assert_eq!(product_kind(), Kind::BFloat16);
         }

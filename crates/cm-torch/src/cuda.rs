@@ -104,14 +104,31 @@ fn gpu(device: Device) -> Result<usize> {
     }
 }
 
-/// The object, which is opened once.
+/// The object, which is looked for and opened once; a failure stays one.
 pub(crate) fn object() -> Result<&'static Object> {
-    static OBJECT: OnceLock<std::result::Result<Object, String>> = OnceLock::new();
-    let path = object_path();
-    let refused = |reason: String| Error::CudaObject { path: path.clone(), reason };
-    present(&path).map_err(refused)?;
-    device::open_library().map_err(|reason| Error::DeviceMissing { wanted: DeviceSpec::Cuda(0), reason })?;
-    OBJECT.get_or_init(|| Object::open(&path)).as_ref().map_err(|reason| refused(reason.clone()))
+    static OBJECT: OnceLock<(PathBuf, std::result::Result<Object, Refusal>)> = OnceLock::new();
+    let (path, object) = OBJECT.get_or_init(|| {
+        let path = object_path();
+        let object = open(&path);
+        (path, object)
+    });
+    object.as_ref().map_err(|refusal| match refusal {
+        Refusal::Object(reason) => Error::CudaObject { path: path.clone(), reason: reason.clone() },
+        Refusal::Cuda(reason) => Error::DeviceMissing { wanted: DeviceSpec::Cuda(0), reason: reason.clone() },
+    })
+}
+
+/// What does not serve: the object, or libtorch's CUDA half.
+#[derive(Debug)]
+enum Refusal {
+    Object(String),
+    Cuda(String),
+}
+
+fn open(path: &Path) -> std::result::Result<Object, Refusal> {
+    present(path).map_err(Refusal::Object)?;
+    device::open_library().map_err(Refusal::Cuda)?;
+    Object::open(path).map_err(Refusal::Object)
 }
 
 fn present(path: &Path) -> std::result::Result<(), String> {

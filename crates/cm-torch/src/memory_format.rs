@@ -28,6 +28,12 @@ pub fn is_channels_last(tensor: &Tensor) -> bool {
     shim::is_channels_last(tensor)
 }
 
+/// Whether a tensor fills its memory without gaps and nobody else uses that memory: no view, no other handle.
+#[must_use]
+pub fn is_alone(tensor: &Tensor) -> bool {
+    shim::is_alone(tensor)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -59,6 +65,24 @@ mod tests {
         let vector = Tensor::ones([3], (Kind::Float, Device::Cpu));
         assert_eq!(channels_last(&vector).data_ptr(), vector.data_ptr());
         assert!(!is_channels_last(&vector));
+    }
+
+    #[test]
+    fn whoever_shares_memory_is_not_alone() {
+        let plane = image();
+        assert!(is_alone(&plane) && is_alone(&channels_last(&plane)));
+        let handle = plane.shallow_clone();
+        assert!(!is_alone(&plane));
+        drop(handle);
+        let view = plane.view([-1]);
+        assert!(!is_alone(&plane) && !is_alone(&view));
+        drop(plane);
+        assert!(is_alone(&view));
+        // A part of memory, a place that is read twice, and gaps.
+        let base = || Tensor::arange(6, (Kind::Float, Device::Cpu));
+        assert!(!is_alone(&base().narrow(0, 0, 3)));
+        assert!(!is_alone(&base().narrow(0, 0, 1).expand([4], false)));
+        assert!(!is_alone(&base().as_strided([3], [2], 0)));
     }
 
     #[test]

@@ -53,8 +53,10 @@ unsafe extern "C" {
 
     fn cm_channels_last(input: *const C_tensor, output: *mut *mut C_tensor) -> *mut c_char;
     fn cm_is_channels_last(input: *const C_tensor) -> bool;
+    fn cm_is_alone(input: *const C_tensor) -> bool;
 
     fn cm_keep_memory();
+    fn cm_kept_bytes() -> i64;
 
     fn cm_cuda_memory(index: c_int, out: *mut i64) -> *mut c_char;
     fn cm_cuda_reset_peak(index: c_int) -> *mut c_char;
@@ -177,6 +179,15 @@ pub(crate) struct AutocastState {
     dtype: c_int,
 }
 
+/// The dtype of autocast on this thread, if it is on.
+pub(crate) fn autocast_kind(device: Device) -> Option<Kind> {
+    let device = device_code(device);
+    // SAFETY: plain values; the state is this thread's.
+    let (is_on, code) = unsafe { (cm_autocast_enabled(device), cm_autocast_dtype(device)) };
+    let known = [Kind::Half, Kind::Float, Kind::BFloat16];
+    known.into_iter().find(|&kind| is_on && kind_code(kind) == Some(code))
+}
+
 pub(crate) fn autocast_enter(device: Device, kind: Option<Kind>) -> Result<AutocastState> {
     let device = device_code(device);
     // SAFETY: plain values; the state is this thread's.
@@ -215,9 +226,22 @@ pub(crate) fn is_channels_last(tensor: &Tensor) -> bool {
     unsafe { cm_is_channels_last(tensor.as_ptr()) }
 }
 
+pub(crate) fn is_alone(tensor: &Tensor) -> bool {
+    // SAFETY: the tensor outlives the call.
+    unsafe { cm_is_alone(tensor.as_ptr()) }
+}
+
 pub(crate) fn keep_memory() {
-    // SAFETY: no arguments; the C library locks its own settings.
+    // SAFETY: no arguments. It sets one pointer of libtorch that every new tensor reads, to an object that is never
+    // freed: a thread that makes a tensor at that moment sees the one before or this one. The C library locks its own
+    // settings.
     unsafe { cm_keep_memory() }
+}
+
+/// Bytes in tensors on the CPU, or below 0 if nobody counts them.
+pub(crate) fn kept_bytes() -> i64 {
+    // SAFETY: no arguments; the count is read under its lock.
+    unsafe { cm_kept_bytes() }
 }
 
 /// Bytes in tensors now, their peak, bytes reserved now, their peak.

@@ -94,15 +94,20 @@ pub fn gigabytes(bytes: u64) -> String {
 
 /// Bytes that a forward pass keeps as long as its result, and with it the graph, is alive. Run it on one image.
 ///
-/// On CUDA the allocator is asked. On the CPU it is the growth of the process, which misses what earlier work had
-/// already obtained from the system: measure first thing, right behind building the network.
+/// On CUDA the allocator is asked, and on the CPU [`device::tensor_bytes`], where the program keeps its memory. Else it is
+/// the growth of the process, which misses what earlier work had already obtained from the system: measure first thing,
+/// right behind building the network.
 ///
 /// # Errors
 /// What `forward` returns, or [`crate::Error::Backend`] where the system does not tell.
 pub fn measure_activations(device: Device, forward: impl FnOnce() -> Result<Tensor>) -> Result<u64> {
-    let before = device::memory(device)?.current;
+    let now = || match device::tensor_bytes().filter(|_| device == Device::Cpu) {
+        Some(bytes) => Ok(bytes),
+        None => device::memory(device).map(|memory| memory.current),
+    };
+    let before = now()?;
     let result = forward()?;
-    let after = device::memory(device)?.current;
+    let after = now()?;
     drop(result);
     Ok(after.saturating_sub(before))
 }

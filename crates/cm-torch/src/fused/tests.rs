@@ -262,16 +262,24 @@ fn exact(inputs: &[Tensor], k: i64) -> [Tensor; 2] {
     [leaves[1].grad(), leaves[2].grad()]
 }
 
-/// The processor names them, and the system lends them to this process: a sandbox may not.
+/// Whether the processor names the tiles and the system lends them, asked here anew: a sandbox may not.
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 fn has_tiles() -> bool {
-    let x = channels_last(&randn(&[1, 16, 1, 1])).to_kind(Kind::BFloat16);
-    let (weight, bias) = (randn(&[16, 16, 1, 1]), randn(&[16]));
-    let (weight, bias) = (weight.set_requires_grad(true), bias.set_requires_grad(true));
-    let _bf16 = Autocast::enter(Device::Cpu, Some(Kind::BFloat16));
-    let there = tile_conv(&x, (&weight, &bias), (1, 0)).is_some();
+    const REQUEST: libc::c_long = 0x1023;
+    const TILES: libc::c_long = 18;
     let named = std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| text.contains("amx_bf16"));
-    assert!(named || !there, "tiles on a processor without them");
-    there
+    // SAFETY: the call takes two numbers and touches no memory of this process.
+    named && unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST, TILES) } == 0
+}
+
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+fn has_tiles() -> bool {
+    false
+}
+
+/// What a convolution for the tiles is made of.
+fn conv_parts((n, c, o, height, width, k): (i64, i64, i64, i64, i64, i64)) -> [Tensor; 3] {
+    [randn(&[n, c, height, width]), randn(&[o, c, k, k]), randn(&[o])]
 }
 
 #[test]
@@ -281,25 +289,55 @@ fn gradients_of_weights_on_tiles_are_those_of_the_convolution() {
     }
     tch::manual_seed(3);
     // Rows and columns that are no multiple of anything; one block of channels, and odd numbers of them; more images than
-    // are packed at a time; one pixel; the largest images.
-    for (n, c, o, height, width, k) in [
+    // are packed at a time, with even and odd numbers of blocks, for either kernel; one pixel; the largest images.
+    for shape in [
         (3, 32, 64, 5, 9, 3),
         (2, 16, 48, 8, 8, 3),
         (1, 48, 16, 1, 1, 3),
         (130, 96, 96, 8, 8, 3),
+        (200, 48, 80, 8, 8, 3),
         (2, 64, 32, 32, 32, 3),
         (3, 80, 48, 7, 4, 1),
+        (130, 80, 48, 16, 16, 1),
     ] {
-        let inputs = [randn(&[n, c, height, width]), randn(&[o, c, k, k]), randn(&[o])];
+        let (inputs, k) = (conv_parts(shape), shape.5);
         let (got, want, exact) =
             (convolved(&inputs, k, true), convolved(&inputs, k, false), exact(&inputs, k));
-        let name = format!("{n}x{c}x{height}x{width} to {o} by {k}");
-        assert!(got[0].equal(&want[0]) && got[1].equal(&want[1]), "{name}: the rest is libtorch's own");
+        assert!(got[0].equal(&want[0]) && got[1].equal(&want[1]), "{shape:?}: the rest is libtorch's own");
         for (i, exact) in exact.iter().enumerate() {
             let apart = apart(&got[2 + i], exact);
-            assert!(apart < 2e-5, "{name}, gradient {i}: {apart:e}");
+            assert!(apart < 2e-5, "{shape:?}, gradient {i}: {apart:e}");
         }
     }
+}
+
+#[test]
+fn tiles_take_what_autograd_hands_them() {
+    if !has_tiles() {
+        return;
+    }
+    tch::manual_seed(5);
+    let [x, weight, bias] = conv_parts((4, 32, 48, 8, 8, 3));
+    // No gradient of x is wanted; weights lie channels-last; the result's gradient is one number for all places.
+    let x = channels_last(&x.to_kind(Kind::BFloat16));
+    let weight = channels_last(&weight).set_requires_grad(true);
+    let bias = bias.set_requires_grad(true);
+    let _bf16 = Autocast::enter(Device::Cpu, Some(Kind::BFloat16));
+    let run = || tile_conv(&x, (&weight, &bias), (1, 1)).expect("it applies");
+    run().sum(Kind::BFloat16).backward();
+    let double = |t: &Tensor| t.to_kind(Kind::BFloat16).to_kind(Kind::Double);
+    let (w, b) = (double(&weight).set_requires_grad(true), double(&bias).set_requires_grad(true));
+    double(&x).conv2d(&w, Some(&b), 1, 1, 1, 1).sum(Kind::Double).backward();
+    let once = [weight.grad().to_kind(Kind::Double), bias.grad().to_kind(Kind::Double)];
+    for (got, want) in std::iter::zip(&once, [w.grad(), b.grad()]) {
+        assert!(apart(got, &want) < 2e-5);
+    }
+    // A second pass adds to what is there.
+    run().sum(Kind::BFloat16).backward();
+    assert!(apart(&weight.grad().to_kind(Kind::Double), &(&once[0] * 2.0)) < 1e-6);
+    let y = run().square().sum(Kind::Float);
+    let error = Tensor::f_run_backward(&[y], &[&weight], true, true).expect_err("differentiated twice");
+    assert!(error.to_string().contains("twice"), "{error}");
 }
 
 #[test]
@@ -312,6 +350,11 @@ fn what_tiles_cannot_do_is_left_to_libtorch() {
     let _bf16 = Autocast::enter(Device::Cpu, Some(Kind::BFloat16));
     assert_eq!(tried(&x, (1, 1)), has_tiles());
     assert!(!tried(&x, (2, 1)) && !tried(&x, (1, 0)), "other strides and paddings");
+    let other = |shape: &[i64]| randn(shape).set_requires_grad(true);
+    for shape in [vec![32, 32, 3, 1], vec![32, 32], vec![32, 16, 3, 3], vec![0, 32, 3, 3]] {
+        let weight = other(&shape);
+        assert!(shim::tile_conv(&x, &weight, &bias).unwrap().is_none(), "a weight {shape:?}");
+    }
     assert!(!tried(&x.contiguous(), (1, 1)), "planes");
     assert!(!tried(&x.to_kind(Kind::Float), (1, 1)), "float32");
     let wide = channels_last(&randn(&[1, 32, 64, 64]).to_kind(Kind::BFloat16));
