@@ -33,6 +33,9 @@ void leave_errors_to_us() {
       {"TORCH_NCCL_ENABLE_MONITORING", "0"},
       // It would write files into the folder for temporary ones.
       {"TORCH_NCCL_DUMP_ON_TIMEOUT", "0"},
+      // Its record of the last exchanges, of whose group it keeps note without a lock: two groups of one process that
+      // begin at the same time destroyed it.
+      {"TORCH_FR_BUFFER_SIZE", "0"},
   };
   for (const auto& [name, value] : settings) {
     setenv(name, value, /*overwrite=*/0);

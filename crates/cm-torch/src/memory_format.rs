@@ -29,6 +29,8 @@ pub fn is_channels_last(tensor: &Tensor) -> bool {
 }
 
 /// Whether a tensor fills its memory without gaps and nobody else uses that memory: no view, no other handle.
+///
+/// A view keeps the tensor that it was made of, and so is never alone.
 #[must_use]
 pub fn is_alone(tensor: &Tensor) -> bool {
     shim::is_alone(tensor)
@@ -69,15 +71,16 @@ mod tests {
 
     #[test]
     fn whoever_shares_memory_is_not_alone() {
-        let plane = image();
+        let plane = image().copy();
         assert!(is_alone(&plane) && is_alone(&channels_last(&plane)));
         let handle = plane.shallow_clone();
         assert!(!is_alone(&plane));
         drop(handle);
+        assert!(is_alone(&plane));
         let view = plane.view([-1]);
         assert!(!is_alone(&plane) && !is_alone(&view));
         drop(plane);
-        assert!(is_alone(&view));
+        assert!(!is_alone(&view), "a view keeps the whole");
         // A part of memory, a place that is read twice, and gaps.
         let base = || Tensor::arange(6, (Kind::Float, Device::Cpu));
         assert!(!is_alone(&base().narrow(0, 0, 3)));

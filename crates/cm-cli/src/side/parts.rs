@@ -20,7 +20,7 @@ use super::work::Work;
 use crate::net::Net;
 
 /// Updates before the sides are compared; as many as in scripts/peers/train.py.
-const CHECKED_UPDATES: usize = 10;
+const CHECKED_UPDATES: usize = 40;
 
 /// What follows the backward pass of a CT step, with made-up gradients.
 pub struct UpdateRow {
@@ -28,6 +28,9 @@ pub struct UpdateRow {
     optimizer: Optimizer,
     options: StepOptions,
     averages: Vec<(f64, Vec<Tensor>)>,
+    /// One a weight. They stay as they are: gradients that follow the weights have led these to 0 after some hundred
+    /// updates, and moments that are no longer normal numbers then take a multiple of the time.
+    gradients: Vec<Tensor>,
 }
 
 impl UpdateRow {
@@ -39,16 +42,17 @@ impl UpdateRow {
         let weights: Vec<(&str, &Tensor)> = trainer.student().params().trainable().collect();
         let copy = || weights.iter().map(|(_, weight)| weight.detach().copy()).collect::<Vec<_>>();
         let averages = betas.map(|beta| (beta, copy())).collect();
+        let gradients = weights.iter().map(|(_, weight)| weight.detach() * 0.1 + 1e-3).collect();
         let optimizer = Optimizer::new(train.optimizer, &weights)?;
         let options =
             StepOptions { replace_non_finite: train.replace_non_finite, ..StepOptions::new(train.lr) };
-        Ok(Self { optimizer, options, averages, trainer })
+        Ok(Self { optimizer, options, averages, gradients, trainer })
     }
 
-    /// Gives every weight the gradient 0.1 θ + 0.001.
+    /// Gives every weight the gradient 0.1 θ + 0.001, of the weights at the start.
     fn fill(&self) -> Result<()> {
-        for (_, weight) in self.trainer.student().params().trainable() {
-            (weight.square() * 0.05 + weight * 1e-3).sum(Kind::Float).f_backward()?;
+        for ((_, weight), gradient) in self.trainer.student().params().trainable().zip(&self.gradients) {
+            (weight * gradient).sum(Kind::Float).f_backward()?;
         }
         Ok(())
     }
@@ -67,7 +71,7 @@ impl UpdateRow {
 impl Row for UpdateRow {
     fn check(&mut self) -> Result<Value> {
         let before: TensorMap = self.trainer.student().params().snapshot();
-        // One update moves an average by so little that its rounding shows.
+        // Few updates move an average by so little that its rounding shows.
         for _ in 0..CHECKED_UPDATES {
             self.fill()?;
             self.update()?;

@@ -1,11 +1,29 @@
+use std::cell::Cell;
+
+use cm_schedule::rng::Purpose;
 use tch::Device;
 
 use super::*;
 use crate::memory_format::{channels_last, is_channels_last};
 use crate::optim::{EmaTarget, ema_update};
+use crate::philox::{NormalSpec, normals};
 
+thread_local! {
+    /// Seed of this test's numbers, and how many tensors were drawn of it.
+    static DRAWN: Cell<(u64, u32)> = const { Cell::new((0, 0)) };
+}
+
+fn seed(seed: u64) {
+    DRAWN.set((seed, 0));
+}
+
+/// Normal numbers that no test beside this one changes, as draws of libtorch's own generator would.
 fn randn(shape: &[i64]) -> Tensor {
-    Tensor::randn(shape, (Kind::Float, Device::Cpu))
+    let (seed, step) = DRAWN.get();
+    DRAWN.set((seed, step + 1));
+    let per_sample = shape.iter().product::<i64>() as usize;
+    let spec = NormalSpec { seed, purpose: Purpose::Synthetic, step, samples: &[0], per_sample };
+    normals(&spec, Device::Cpu).expect("numbers").view(shape).copy()
 }
 
 /// Inputs of a normalisation: x, weight, bias, add, scale, shift.
@@ -77,7 +95,7 @@ fn apart(a: &Tensor, b: &Tensor) -> f64 {
 
 #[test]
 fn a_fused_normalisation_and_its_gradients_are_the_formula() {
-    tch::manual_seed(1);
+    seed(1);
     for shape in [[3, 8, 5, 13], [2, 16, 8, 8], [1, 4, 1, 1], [2, 32, 1, 70]] {
         let inputs = inputs(shape);
         let double: Vec<Tensor> = inputs.iter().map(|t| t.to_kind(Kind::Double)).collect();
@@ -87,8 +105,9 @@ fn a_fused_normalisation_and_its_gradients_are_the_formula() {
             let want = run(&double, (Kind::Double, false, modulated, added, silu), false);
             for (i, (got, want)) in got.iter().zip(&want).enumerate() {
                 let apart = apart(got, want);
-                // A single number in each group is its own mean: rounding, times 1/√eps, is all that its gradient is.
-                let most = if shape == [1, 4, 1, 1] { 1e-3 } else { 5e-5 };
+                // A single number in each group is its own mean: what is left is its rounding, 36 * 2^-24, times
+                // 1/√eps and a weight of up to 3.
+                let most = if shape == [1, 4, 1, 1] { 3e-3 } else { 5e-5 };
                 assert!(apart < most, "{shape:?} {bits} output {i}: {apart}");
             }
         }
@@ -97,7 +116,7 @@ fn a_fused_normalisation_and_its_gradients_are_the_formula() {
 
 #[test]
 fn bfloat16_is_as_near_as_its_digits_allow() {
-    tch::manual_seed(2);
+    seed(2);
     let mut inputs = inputs([2, 16, 8, 9]);
     inputs[0] = (&inputs[0] - 30.0).to_kind(Kind::BFloat16).to_kind(Kind::Float);
     let double: Vec<Tensor> = inputs.iter().map(|t| t.to_kind(Kind::Double)).collect();
@@ -287,7 +306,7 @@ fn gradients_of_weights_on_tiles_are_those_of_the_convolution() {
     if !has_tiles() {
         return;
     }
-    tch::manual_seed(3);
+    seed(3);
     // Rows and columns that are no multiple of anything; one block of channels, and odd numbers of them; more images than
     // are packed at a time, with even and odd numbers of blocks, for either kernel; one pixel; the largest images.
     for shape in [
@@ -316,7 +335,7 @@ fn tiles_take_what_autograd_hands_them() {
     if !has_tiles() {
         return;
     }
-    tch::manual_seed(5);
+    seed(5);
     let [x, weight, bias] = conv_parts((4, 32, 48, 8, 8, 3));
     // No gradient of x is wanted; weights lie channels-last; the result's gradient is one number for all places.
     let x = channels_last(&x.to_kind(Kind::BFloat16));
@@ -325,7 +344,7 @@ fn tiles_take_what_autograd_hands_them() {
     let _bf16 = Autocast::enter(Device::Cpu, Some(Kind::BFloat16));
     let run = || tile_conv(&x, (&weight, &bias), (1, 1)).expect("it applies");
     run().sum(Kind::BFloat16).backward();
-    let double = |t: &Tensor| t.to_kind(Kind::BFloat16).to_kind(Kind::Double);
+    let double = |t: &Tensor| t.detach().to_kind(Kind::BFloat16).to_kind(Kind::Double);
     let (w, b) = (double(&weight).set_requires_grad(true), double(&bias).set_requires_grad(true));
     double(&x).conv2d(&w, Some(&b), 1, 1, 1, 1).sum(Kind::Double).backward();
     let once = [weight.grad().to_kind(Kind::Double), bias.grad().to_kind(Kind::Double)];
