@@ -1,6 +1,8 @@
 //! How the command ends: exit codes and the one line that says why.
 
+use std::any::Any;
 use std::fmt;
+use std::panic::PanicHookInfo;
 use std::process::ExitCode;
 
 /// Why a command failed, with the exit code that goes with it.
@@ -90,15 +92,26 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
     }
 }
 
+/// Says a panic on one line.
+pub fn say_panic(panic: &PanicHookInfo<'_>) {
+    let place = panic.location().map(|at| format!(" ({}:{})", at.file(), at.line())).unwrap_or_default();
+    eprintln!("error: {}", panic_line(panic.payload_as_str(), &place));
+}
+
+/// What a caught panic said, on one line.
+pub fn caught_panic(payload: &(dyn Any + Send)) -> String {
+    let text = payload.downcast_ref::<String>().map(String::as_str);
+    panic_line(text.or_else(|| payload.downcast_ref::<&str>().copied()), "")
+}
+
 /// A panic as one line. libtorch has no way but this to report that memory ran out inside an operation.
-pub fn panic_line(panic: &std::panic::PanicHookInfo<'_>) -> String {
-    let text = panic.payload_as_str().unwrap_or("an error without a text");
+fn panic_line(text: Option<&str>, place: &str) -> String {
+    let text = text.unwrap_or("an error without a text");
     let start = text.find("Torch(\"").map_or(0, |at| at + "Torch(\"".len());
     let line = text[start..].split(['\n']).next().unwrap_or_default().split("\\n").next().unwrap_or_default();
     if line.contains("memory") {
         return format!("{line}; lower train.micro_batch (or --batch), or the size of the network");
     }
-    let place = panic.location().map(|at| format!(" ({}:{})", at.file(), at.line())).unwrap_or_default();
     format!("{line}{place}; this is a fault of the program, please report it")
 }
 

@@ -35,7 +35,7 @@ use clap::Parser;
 pub fn main() -> ExitCode {
     let command = Cli::parse().command;
     keep_memory();
-    std::panic::set_hook(Box::new(|panic| eprintln!("error: {}", exit::panic_line(panic))));
+    std::panic::set_hook(Box::new(exit::say_panic));
     match std::panic::catch_unwind(|| run(&command)) {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(failure)) => {

@@ -1,5 +1,6 @@
 //! Several processes that do one work: who this one is among them, what its share is, and how they end together.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
 use std::rc::Rc;
 
@@ -12,7 +13,7 @@ use serde_json::{Value, json};
 use tch::{Device, Tensor};
 
 use crate::commands::session;
-use crate::exit::{Failure, OrUsage, Outcome};
+use crate::exit::{Failure, OrUsage, Outcome, caught_panic};
 use crate::experiment::Experiment;
 use crate::ui;
 
@@ -50,7 +51,15 @@ pub fn together(work: impl FnOnce(&Ranks) -> Outcome) -> Outcome {
     if ranks.group.size() > 1 {
         ui::say(&format!("ranks: {} processes work together; this is rank 0", ranks.group.size()));
     }
-    let outcome = work(&ranks);
+    end_together(&ranks, work)
+}
+
+fn end_together(ranks: &Ranks, work: impl FnOnce(&Ranks) -> Outcome) -> Outcome {
+    // The others are to hear of memory that ran out, too.
+    let outcome = catch_unwind(AssertUnwindSafe(|| work(ranks))).unwrap_or_else(|panic| {
+        ranks.group.fail(&caught_panic(&*panic));
+        resume_unwind(panic)
+    });
     match &outcome {
         Ok(()) | Err(Failure::Interrupted(_)) => ranks.group.leave()?,
         Err(failure) => {
@@ -256,4 +265,40 @@ fn seen(data: &dyn Dataset) -> Result<Value> {
     }
     let sha256 = digest::of_bytes(pieces.iter().map(Vec::as_slice));
     Ok(json!({ "count": data.len(), "shape": data.shape().to_string(), "sha256": sha256 }))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use cm_torch::dist::Keeper;
+
+    use super::*;
+
+    #[test]
+    fn a_rank_without_memory_ends_all_with_what_to_lower() {
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let ended = |rank: usize| {
+            let address = "127.0.0.1".to_owned();
+            let keeper = Keeper::RankZero;
+            let rendezvous =
+                Rendezvous { rank, local_rank: rank, world_size: 2, address, port, keeper, interface: None };
+            let group = Rc::new(ProcessGroup::join(&rendezvous, Limits::default()).unwrap());
+            let ranks = Ranks { group, local_rank: rank };
+            let outcome = end_together(&ranks, |ranks| {
+                if ranks.group.rank() == 1 {
+                    panic!("Torch(\"not enough memory: you tried to allocate 8 bytes\\nframes");
+                }
+                Ok(ranks.group.barrier("step 1")?)
+            });
+            outcome.unwrap_err().to_string()
+        };
+        std::thread::scope(|scope| {
+            let [zero, one] = [0, 1].map(|rank| scope.spawn(move || ended(rank)));
+            assert!(one.join().is_err(), "the panic goes on");
+            let text = zero.join().unwrap();
+            let want = "rank 1: not enough memory: you tried to allocate 8 bytes; lower train.micro_batch";
+            assert!(text.contains(want), "{text}");
+        });
+    }
 }

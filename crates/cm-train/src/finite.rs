@@ -14,10 +14,11 @@ impl<M: Trainable> Trainer<M> {
         let not_finite = |what, advice| Err(Error::NonFinite { step: self.step + 1, what, advice });
         let params = named(&self.weights);
         if !loss.is_finite() {
-            // From the cause to the effect: a NaN in an image is in every gradient too.
-            if let Some(row) = first_non_finite_image(&batch.images)? {
-                let image = self.rows().start as i64 + row;
-                let what = format!("image {image} of the batch is not finite and the loss ({loss})");
+            // From the cause to the effect: a NaN in an image is in every gradient too, on all ranks.
+            let image = first_non_finite_image(&batch.images)?.map(|row| self.rows().start as i64 + row);
+            let found = image.map(|image| format!("image {image} of the batch")).unwrap_or_default();
+            if let Some(image) = self.first_of_any("whether all images are finite", found)? {
+                let what = format!("{image} is not finite and the loss ({loss})");
                 return not_finite(what, "mend the data".to_owned());
             }
             if let Some(name) = optim::first_non_finite(&params)? {
@@ -46,15 +47,23 @@ impl<M: Trainable> Trainer<M> {
     /// Where averages and moments are shared out, all ranks look at their own, and find what any of them found.
     pub(crate) fn check_state(&self) -> Result<()> {
         let mut found = self.first_spoilt()?;
-        if let Some(group) = self.group().filter(|_| self.is_sharded()) {
-            let all = group.all_gather("whether all is finite", found.unwrap_or_default().as_bytes())?;
-            let first = all.into_iter().find(|text| !text.is_empty());
-            found = first.map(|text| String::from_utf8_lossy(&text).into_owned());
+        if self.is_sharded() {
+            found = self.first_of_any("whether all is finite", found.unwrap_or_default())?;
         }
         match found {
             None => Ok(()),
             Some(what) => Err(Error::Spoilt { step: self.step, what, advice: self.advice() }),
         }
+    }
+
+    /// What the first of all ranks found that found anything, where an empty text is nothing. All ranks ask.
+    fn first_of_any(&self, what: &str, found: String) -> Result<Option<String>> {
+        let all = match self.group() {
+            Some(group) => group.all_gather(what, found.as_bytes())?,
+            None => vec![found.into_bytes()],
+        };
+        let first = all.into_iter().find(|text| !text.is_empty());
+        Ok(first.map(|text| String::from_utf8_lossy(&text).into_owned()))
     }
 
     /// The first of what this process holds that is not finite.

@@ -20,7 +20,7 @@ use super::work::Work;
 use crate::net::Net;
 
 /// Updates before the sides are compared; as many as in scripts/peers/train.py.
-const CHECKED_UPDATES: usize = 40;
+pub const CHECKED_UPDATES: usize = 40;
 
 /// What follows the backward pass of a CT step, with made-up gradients.
 pub struct UpdateRow {

@@ -206,8 +206,8 @@ impl ProcessGroup {
         Ok(lengths.iter().map(|&length| rest.by_ref().take(length as usize).collect()).collect())
     }
 
-    /// Until the result is dropped, the others wait for this rank longer than [`Limits::exchange`], as long as it lives:
-    /// it saves what all have trained, or fetches what all need.
+    /// Until the result is dropped, the others wait for this rank longer than [`Limits::exchange`], up to
+    /// [`Limits::busy`]: it saves what all have trained, or fetches what all need.
     #[must_use = "the rank is busy as long as this value lives"]
     pub fn busy(&self) -> Busy<'_> {
         self.set_busy(true);
@@ -286,15 +286,24 @@ impl Connected {
             return Err(error);
         }
         self.watch.enter();
-        let mut began = Instant::now();
+        let entered = Instant::now();
+        let mut began = entered;
         let broken = |error: Error| self.watch.inquest().unwrap_or_else(|| failed(error.to_string()));
         let work = start().map_err(broken)?;
         while !work.wait(SLICE).map_err(broken)? {
             if let Some(error) = self.watch.fault() {
                 return Err(error);
             }
-            if self.watch.is_another_busy() {
+            if let Some(rank) = self.watch.busy() {
                 began = Instant::now();
+                if entered.elapsed() > self.limits.busy {
+                    let cause = format!(
+                        "it lives and is busy, but exchange {what} has waited for it for {} s; CM_DIST_BUSY sets \
+                         another limit",
+                        self.limits.busy.as_secs()
+                    );
+                    return Err(Error::Rank { rank, cause });
+                }
             }
             if began.elapsed() > self.limits.exchange {
                 let seconds = self.limits.exchange.as_secs();

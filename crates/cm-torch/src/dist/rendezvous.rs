@@ -98,29 +98,35 @@ impl Rendezvous {
 pub struct Limits {
     /// For all to come, and for all to take part in one exchange.
     pub exchange: Duration,
+    /// For a rank that lives and says that it is [busy](super::ProcessGroup::busy).
+    pub busy: Duration,
     /// For a sign of life, which every rank gives once a second whatever else it does.
     pub silence: Duration,
 }
 
 impl Default for Limits {
-    /// Ten minutes for an exchange, half a minute of silence.
+    /// Ten minutes for an exchange, two hours for one that is busy, half a minute of silence.
     fn default() -> Self {
-        Self { exchange: Duration::from_secs(600), silence: Duration::from_secs(30) }
+        let [exchange, busy, silence] = [600, 7200, 30].map(Duration::from_secs);
+        Self { exchange, busy, silence }
     }
 }
 
 impl Limits {
-    /// The limits with `CM_DIST_TIMEOUT` seconds for an exchange, where that is set. The limit of silence is lowered
-    /// to it if it is longer.
+    /// The limits with `CM_DIST_TIMEOUT` seconds for an exchange and `CM_DIST_BUSY` for a rank that is busy, where these
+    /// are set. The limit of silence is lowered to that of an exchange if it is longer.
     ///
     /// # Errors
-    /// [`Error::Variable`] if it is no number of seconds.
+    /// [`Error::Variable`] if one is no number of seconds.
     pub fn from_vars(get: impl Fn(&str) -> Option<String>) -> Result<Self> {
         let vars = Vars(&|name| get(name).filter(|value| !value.is_empty()));
         let default = Self::default();
-        let seconds = vars.number("CM_DIST_TIMEOUT", 1, 1_000_000, Some(default.exchange.as_secs()))?;
-        let exchange = Duration::from_secs(seconds);
-        Ok(Self { exchange, silence: default.silence.min(exchange) })
+        let seconds = |name, default: Duration| {
+            vars.number(name, 1, 1_000_000, Some(default.as_secs())).map(Duration::from_secs)
+        };
+        let exchange = seconds("CM_DIST_TIMEOUT", default.exchange)?;
+        let busy = seconds("CM_DIST_BUSY", default.busy)?;
+        Ok(Self { exchange, busy, silence: default.silence.min(exchange) })
     }
 }
 
@@ -149,7 +155,8 @@ impl Vars<'_> {
     fn wrong(&self, name: &'static str, expected: &str) -> Error {
         let advice = "torchrun, or cargo xtask launch, sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for every \
                       process; one process alone needs none of them";
-        let advice = if name == "CM_DIST_TIMEOUT" { "it is in seconds" } else { advice };
+        let is_limit = matches!(name, "CM_DIST_TIMEOUT" | "CM_DIST_BUSY");
+        let advice = if is_limit { "it is in seconds" } else { advice };
         Error::Variable {
             name,
             got: self.text(name),
@@ -215,11 +222,14 @@ mod tests {
 
     #[test]
     fn limits_are_read_and_silence_is_never_the_longer_one() {
-        let limits = |value: &str| Limits::from_vars(|_| Some(value.to_owned()));
+        let limits =
+            |value: &str| Limits::from_vars(|name| (name == "CM_DIST_TIMEOUT").then(|| value.to_owned()));
         assert_eq!(Limits::from_vars(|_| None).unwrap(), Limits::default());
         let short = limits("5").unwrap();
         assert_eq!((short.exchange, short.silence), (Duration::from_secs(5), Duration::from_secs(5)));
         assert_eq!(limits("900").unwrap().silence, Duration::from_secs(30));
+        let busy = Limits::from_vars(|name| (name == "CM_DIST_BUSY").then(|| "60".to_owned())).unwrap();
+        assert_eq!(busy, Limits { busy: Duration::from_secs(60), ..Limits::default() });
         let error = limits("soon").unwrap_err().to_string();
         assert_eq!(
             error,

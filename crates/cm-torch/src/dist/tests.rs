@@ -18,13 +18,17 @@ fn rendezvous(rank: usize, world_size: usize, port: u16) -> Rendezvous {
 
 fn limits(seconds: u64) -> Limits {
     let exchange = Duration::from_secs(seconds);
-    Limits { exchange, silence: Duration::from_secs(30) }
+    Limits { exchange, ..Limits::default() }
 }
 
 /// Runs `work` on every rank of a group, each a thread with a store and a group of its own.
 fn on_ranks<T: Send>(size: usize, seconds: u64, work: impl Fn(ProcessGroup) -> T + Sync) -> Vec<T> {
+    on_ranks_within(limits(seconds), size, work)
+}
+
+fn on_ranks_within<T: Send>(limits: Limits, size: usize, work: impl Fn(ProcessGroup) -> T + Sync) -> Vec<T> {
     let port = free_port();
-    let one = |rank| work(ProcessGroup::join(&rendezvous(rank, size, port), limits(seconds)).unwrap());
+    let one = |rank| work(ProcessGroup::join(&rendezvous(rank, size, port), limits).unwrap());
     let one = &one;
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..size).map(|rank| scope.spawn(move || one(rank))).collect();
@@ -243,6 +247,23 @@ fn the_others_wait_for_a_rank_that_is_busy() {
         group.barrier("step 3").unwrap();
         group.leave().unwrap();
     });
+}
+
+#[test]
+fn a_rank_that_stays_busy_is_named_after_the_limit_for_these() {
+    let limits = Limits { busy: Duration::from_secs(3), ..limits(1) };
+    let errors = on_ranks_within(limits, 2, |group| {
+        let _busy = (group.rank() == 1).then(|| {
+            let busy = group.busy();
+            std::thread::sleep(Duration::from_secs(6));
+            busy
+        });
+        group.barrier("step 3").unwrap_err().to_string()
+    });
+    let want =
+        "rank 1: it lives and is busy, but exchange step 3 has waited for it for 3 s; CM_DIST_BUSY sets";
+    assert!(errors[0].starts_with(want), "{errors:?}");
+    assert!(errors[1].starts_with("rank 1: "), "{errors:?}");
 }
 
 #[test]

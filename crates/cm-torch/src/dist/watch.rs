@@ -45,7 +45,7 @@ struct Beat {
     entered: u64,
     /// Whether it has read the fault.
     seen: bool,
-    /// Whether it does something that the others wait for, however long it takes.
+    /// Whether it does something that the others wait for, longer than for an exchange.
     busy: bool,
 }
 
@@ -162,10 +162,10 @@ impl Watch {
         self.hurry();
     }
 
-    /// Whether another rank is busy.
-    pub(super) fn is_another_busy(&self) -> bool {
+    /// The first of the other ranks that is busy.
+    pub(super) fn busy(&self) -> Option<usize> {
         let state = lock(&self.state);
-        state.beats.iter().enumerate().any(|(rank, (beat, _))| rank != self.rank && beat.busy)
+        state.beats.iter().enumerate().position(|(rank, (beat, _))| rank != self.rank && beat.busy)
     }
 
     /// What is wrong with another rank, while nothing is wrong with the connections to it.

@@ -212,6 +212,24 @@ fn causes(ranks: usize, work: impl Fn(Rc<ProcessGroup>) -> Result<()> + Sync) ->
 }
 
 #[test]
+fn an_image_that_is_not_finite_is_named_on_every_rank() {
+    let errors = causes(3, |group| {
+        let mut trainer = trainer(&spec(), 0.0);
+        trainer.join(group).unwrap();
+        let rows = trainer.rows();
+        let whole = batch(0, 12).images;
+        for bad in [5, 9] {
+            let _ = whole.get(bad).fill_(f64::NAN);
+        }
+        let images = whole.narrow(0, rows.start as i64, rows.len() as i64);
+        trainer.step(&Batch { images, cond: Cond::none() }).map(drop)
+    });
+    for error in errors {
+        assert!(error.contains("image 5 of the batch is not finite and the loss (NaN)"), "{error}");
+    }
+}
+
+#[test]
 fn other_settings_another_state_and_too_many_ranks_are_named_on_every_rank() {
     let changed = causes(3, |group| {
         let lr = if group.rank() == 1 { 0.02 } else { 0.01 };
