@@ -1,7 +1,8 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{BufReader, Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cm_model::{files, short, short_to};
 use serde::{Deserialize, Serialize};
@@ -90,12 +91,14 @@ pub struct Broken {
 #[derive(Debug, Clone)]
 pub struct Checkpoints {
     root: PathBuf,
+    /// Steps whose files were compared with their checksums, or written, through this value or a clone of it.
+    checked: Arc<Mutex<BTreeSet<u64>>>,
 }
 
 impl Checkpoints {
     /// The checkpoints of the run in `run_folder`.
     pub fn of_run(run_folder: &Path) -> Self {
-        Self { root: run_folder.join("checkpoints") }
+        Self { root: run_folder.join("checkpoints"), checked: Arc::default() }
     }
 
     /// The folder of the checkpoint of `step`.
@@ -180,31 +183,53 @@ impl Checkpoints {
             let _ = remove_tree(&temp);
             return Err(error);
         }
+        // Its checksums are of what was read back.
+        self.checked().insert(step);
         files::sync_folder(&self.root)?;
         remove_tree(&self.hidden(step, "old"))?;
         Ok(place)
     }
 
-    /// Whether the checkpoint of `step` is there, with every file in its full length.
+    /// Whether the checkpoint of `step` is there and whole. Its contents are read once.
     pub(crate) fn has(&self, step: u64) -> bool {
-        Checkpoint::looks_whole(&self.path(step))
+        let path = self.path(step);
+        if !Checkpoint::looks_whole(&path) {
+            return false;
+        }
+        let is_whole = self.checked().contains(&step)
+            || Checkpoint::open(&path).is_ok_and(|checkpoint| checkpoint.state.step == step);
+        if is_whole {
+            self.checked().insert(step);
+        }
+        is_whole
+    }
+
+    fn checked(&self) -> std::sync::MutexGuard<'_, BTreeSet<u64>> {
+        // A set of numbers: a panic leaves nothing half-done.
+        self.checked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Removes old checkpoints, and what a killed run left behind half-written or half-removed.
     ///
     /// Folders that are not whole are neither counted nor removed: they may be all that is left of something, and
-    /// the newest whole checkpoint always stays.
+    /// the newest whole checkpoint always stays. Of those that stay, the contents are read, each once.
     ///
     /// # Errors
     /// [`Error::Io`] if a folder cannot be read or removed.
     pub fn prune(&self, keep: Keep) -> Result<Vec<PathBuf>> {
-        let whole: Vec<u64> =
-            self.steps()?.into_iter().filter(|&step| Checkpoint::looks_whole(&self.path(step))).collect();
-        let old = &whole[..whole.len().saturating_sub(keep.last.max(1))];
+        let mut steps = self.steps()?;
+        let mut staying = keep.last.max(1);
+        while staying > 0
+            && let Some(step) = steps.pop()
+        {
+            staying -= usize::from(self.has(step));
+        }
         let is_milestone = |step: u64| keep.milestone_every > 0 && step.is_multiple_of(keep.milestone_every);
+        let is_old = |step: u64| !is_milestone(step) && Checkpoint::looks_whole(&self.path(step));
         let mut removed = Vec::new();
-        for &step in old.iter().filter(|&&step| !is_milestone(step)) {
+        for step in steps.into_iter().filter(|&step| is_old(step)) {
             self.set_aside(step)?;
+            self.checked().remove(&step);
             remove_tree(&self.hidden(step, "old"))?;
             removed.push(self.path(step));
         }

@@ -174,6 +174,31 @@ fn the_only_whole_checkpoint_is_never_removed() {
     assert_eq!(checkpoints.newest_whole().unwrap().0.unwrap().state.step, 10);
 }
 
+/// One bit changes, and no length.
+fn flip(checkpoints: &Checkpoints, step: u64) {
+    let file = checkpoints.path(step).join("weights");
+    let mut bytes = fs::read(&file).unwrap();
+    bytes[400] ^= 1;
+    fs::write(file, bytes).unwrap();
+}
+
+#[test]
+fn a_checkpoint_that_went_bad_is_not_counted_and_is_written_anew() {
+    let (folder, checkpoints) = saved(&[10, 20, 30]);
+    flip(&checkpoints, 30);
+    // As the process that goes on from step 20 sees it.
+    let checkpoints = Checkpoints::of_run(folder.path());
+    let keep = Keep { last: 1, milestone_every: 0 };
+    assert_eq!(checkpoints.prune(keep).unwrap(), [checkpoints.path(10)]);
+    save(&checkpoints, 25);
+    checkpoints.prune(keep).unwrap();
+    assert_eq!(checkpoints.steps().unwrap(), [25, 30]);
+    assert_eq!(checkpoints.newest_whole().unwrap().0.unwrap().state.step, 25);
+    save(&checkpoints, 30);
+    assert_eq!(checkpoints.newest_whole().unwrap().0.unwrap().state.step, 30);
+    assert_eq!(checkpoints.prune(keep).unwrap(), [checkpoints.path(25)]);
+}
+
 #[test]
 fn a_failed_save_leaves_nothing_and_a_killed_one_is_cleaned_up() {
     let (folder, checkpoints) = saved(&[10]);

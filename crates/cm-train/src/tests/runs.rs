@@ -198,3 +198,25 @@ fn intervals_are_checked() {
     assert!(check(|spec| spec.log_every = 0).unwrap_err().starts_with("run.log_every = 0"));
     assert!(check(|spec| spec.keep_last = 0).unwrap_err().starts_with("run.keep_last = 0"));
 }
+
+#[test]
+fn a_last_checkpoint_that_went_bad_is_mended_by_going_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let stop = AtomicBool::new(false);
+    let go_on = || {
+        let mut trainer = trainer(&spec(), 0.0);
+        let passed_over = resume(&mut trainer, folder.path()).unwrap().passed_over.len();
+        train(&mut trainer, folder.path(), &stop, batches).unwrap();
+        passed_over
+    };
+    assert_eq!(go_on(), 0);
+    let last = Checkpoints::of_run(folder.path()).newest_whole().unwrap().0.unwrap().path.join(RAW_FILE);
+    let whole = fs::read(&last).unwrap();
+    let mut damaged = whole.clone();
+    let middle = damaged.len() / 2;
+    damaged[middle] ^= 1;
+    fs::write(&last, &damaged).unwrap();
+    assert_eq!(go_on(), 1);
+    assert!(fs::read(&last).unwrap() == whole);
+    assert_eq!(go_on(), 0);
+}
