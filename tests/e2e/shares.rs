@@ -129,6 +129,7 @@ fn a_rank_that_samples_something_else_or_fails_or_dies_is_named() {
     assert_eq!(done[1].code, Some(1), "{done:#?}");
     let line = done[1].stderr.lines().last().unwrap();
     assert!(line.starts_with("error: rank 0: ") && line.contains("full/samples_100x8x8x1.npz"), "{done:#?}");
+    assert!(line.ends_with("(os error 27)") && !done[0].stderr.contains("ZipWriter"), "{done:#?}");
     assert!(sandbox.list("full").iter().all(|name| name.ends_with(".png")), "{:?}", sandbox.list("full"));
 
     let long = "sample run --device cpu --seeds 0-9999999 --batch 1 --out killed";

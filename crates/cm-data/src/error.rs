@@ -1,5 +1,6 @@
 //! What can go wrong with data, in sentences for the person who has to mend it.
 
+use std::error::Error as StdError;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -262,10 +263,31 @@ impl Error {
         Error::Corrupt { file: file.into(), cause: one_line(&cause.to_string()) }
     }
 
+    /// What reading `file` ended with: the system's refusal where it was that, as when a disk fails, and else
+    /// [`Error::Corrupt`].
+    pub(crate) fn unread(file: impl Into<String>, cause: impl StdError + 'static) -> Error {
+        match of_system(&cause) {
+            Some(cause) => Error::Io { action: "read", path: PathBuf::from(file.into()), cause },
+            None => Error::corrupt(file, cause),
+        }
+    }
+
     /// An [`Error::Format`].
     pub(crate) fn format(file: &str, expected: impl Into<String>, found: impl Into<String>) -> Error {
         Error::Format { file: file.into(), expected: expected.into(), found: one_line(&found.into()) }
     }
+}
+
+/// The system's error that `error` is or comes from, however many others are around it.
+pub(crate) fn of_system(error: &(dyn StdError + 'static)) -> Option<io::Error> {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(code) = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
+            return Some(io::Error::from_raw_os_error(code));
+        }
+        next = error.source();
+    }
+    None
 }
 
 /// Joins the lines of a foreign message and cuts it to a length that a terminal shows.
@@ -301,5 +323,29 @@ pub(crate) fn listing(path: &Path) -> String {
             names[..6].join(", "),
             if n == 1000 { "1000 or more".into() } else { n.to_string() }
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_system_refuses_is_told_from_what_is_damaged() {
+        let refused = || io::Error::from_raw_os_error(5);
+        let around = zip::result::ZipError::Io(io::Error::other(zip::result::ZipError::Io(refused())));
+        for error in [Error::unread("a.npz", refused()), Error::unread("a.npz", around)] {
+            assert!(
+                matches!(&error, Error::Io { cause, .. } if cause.raw_os_error() == Some(5)),
+                "{error:?}"
+            );
+        }
+        let damaged = [
+            zip::result::ZipError::InvalidArchive("no end".into()),
+            zip::result::ZipError::Io(io::ErrorKind::UnexpectedEof.into()),
+        ];
+        for cause in damaged {
+            assert!(matches!(Error::unread("a.npz", cause), Error::Corrupt { .. }));
+        }
     }
 }

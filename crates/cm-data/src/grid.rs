@@ -179,7 +179,15 @@ pub fn save_samples(folder: &Path, pixels: &[u8], shape: Shape, seeds: &[u64], s
         if let Some(parent) = path.parent() {
             std::fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
         }
-        std::fs::write(&path, encode_png(chw, shape)?).map_err(Error::io("write", &path))?;
+        // Whole or not there, if this process is killed. Each on the disk by itself would take longer than to make it.
+        let beside = path.with_extension("png.partial");
+        let written =
+            std::fs::write(&beside, encode_png(chw, shape)?).and_then(|()| std::fs::rename(&beside, &path));
+        written.map_err(|cause| {
+            // The cause is what the caller has to know.
+            let _ = std::fs::remove_file(&beside);
+            Error::io("write", &path)(cause)
+        })?;
     }
     Ok(())
 }

@@ -13,7 +13,7 @@ use std::io::{BufReader, Read};
 use std::path::{Component, Path, PathBuf};
 
 use crate::dataset::{Labels, MemorySet, Shape};
-use crate::error::{Error, Result, listing, one_line};
+use crate::error::{Error, Result, listing, of_system, one_line};
 use crate::limits::{Bounded, gunzip, read_file};
 use crate::spec::Split;
 
@@ -167,8 +167,10 @@ fn read_folder<'a>(folder: &Path, wanted: &[&'a str]) -> Result<Batches<'a>> {
 
 fn read_archive<'a>(path: &Path, wanted: &[&'a str]) -> Result<Batches<'a>> {
     let name = path.display().to_string();
-    let corrupt =
-        |e: std::io::Error| Error::corrupt(&name, format!("{e} (the archive is truncated or damaged)"));
+    let corrupt = |e: std::io::Error| match of_system(&e) {
+        Some(cause) => Error::io("read", path)(cause),
+        None => Error::corrupt(&name, format!("{e} (the archive is truncated or damaged)")),
+    };
     let file = File::open(path).map_err(Error::io("read", path))?;
     let stored = file.metadata().map_err(Error::io("read", path))?.len();
     let input = gunzip(BufReader::with_capacity(1 << 16, file), stored, name.clone());

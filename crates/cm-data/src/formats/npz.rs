@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::path::Path;
 
+use cm_model::files::UntilError;
 use zip::ZipArchive;
 use zip::write::SimpleFileOptions;
 
@@ -29,7 +30,7 @@ pub fn read(path: &Path, labelled: bool, classes: Option<u32>) -> Result<MemoryS
     file.rewind().map_err(Error::io("read", path))?;
     if &start[..got] == b"PK" {
         let mut archive =
-            ZipArchive::new(std::io::BufReader::new(file)).map_err(|e| Error::corrupt(&name, e))?;
+            ZipArchive::new(std::io::BufReader::new(file)).map_err(|e| Error::unread(&name, e))?;
         return read_archive(&mut archive, stored, &name, labelled, classes);
     }
     let images = IntArray::read(&mut Bounded { reader: file, capacity: stored, file: name.clone() })?;
@@ -73,7 +74,7 @@ fn member(
         return Err(Error::format(name, expected, if found.is_empty() { "no arrays".into() } else { found }));
     };
     let file = format!("{name}: {}", member.trim_end_matches(".npy"));
-    let entry = archive.by_index(index).map_err(|e| Error::corrupt(&file, e))?;
+    let entry = archive.by_index(index).map_err(|e| Error::unread(&file, e))?;
     let capacity = capacity(&entry, stored);
     IntArray::read(&mut Bounded { reader: entry, capacity, file })
 }
@@ -146,7 +147,8 @@ pub fn write(
     if let Some(labels) = labels.filter(|l| l.len() != count) {
         return Err(invalid(format!("{} labels for {count} images", labels.len())));
     }
-    let mut archive = zip::ZipWriter::new(out);
+    let mut out = UntilError::new(out);
+    let mut archive = zip::ZipWriter::new(&mut out);
     // Beyond 4 GiB an entry needs the 64-bit form, which has to be announced before its data.
     let options = SimpleFileOptions::default()
         .compression_method(zip::CompressionMethod::Stored)
@@ -163,7 +165,7 @@ pub fn write(
         npy::write(&mut archive, IntType::I64, &[count], &bytes)?;
     }
     archive.finish()?;
-    Ok(())
+    out.finish()
 }
 
 /// [`write()`] to a file, whole or not at all.

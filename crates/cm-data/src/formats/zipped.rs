@@ -41,7 +41,10 @@ pub(crate) struct ZipScan {
 /// Lists a zip.
 pub(crate) fn scan(path: &Path) -> Result<ZipScan> {
     let place = path.display().to_string();
-    let broken = |error: rawzip::Error| Error::corrupt(place.as_str(), format!("as a zip: {error}"));
+    let broken = |error: rawzip::Error| match error.into_kind() {
+        ErrorKind::IO(cause) if cause.raw_os_error().is_some() => Error::io("read", path)(cause),
+        other => Error::corrupt(place.as_str(), format!("as a zip: {other}")),
+    };
     let file = File::open(path).map_err(Error::io("read", path))?;
     let stored = file.metadata().map_err(Error::io("read", path))?.len();
     let mut buffer = vec![0; RECOMMENDED_BUFFER_SIZE];

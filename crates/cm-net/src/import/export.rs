@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::path::Path;
 
-use cm_model::files::write_atomic;
+use cm_model::files::{UntilError, write_atomic};
 use cm_model::{Bundle, TensorMap};
 use tch::Tensor;
 use zip::write::SimpleFileOptions;
@@ -98,7 +98,8 @@ fn write_torch(path: &Path, tensors: &TensorMap) -> Result<()> {
         return Err(problem(path, format!("torch.save's form has no name for the dtype {kind:?}")));
     }
     Ok(write_atomic(path, |file| {
-        let mut archive = zip::ZipWriter::new(file);
+        let mut file = UntilError::new(file);
+        let mut archive = zip::ZipWriter::new(&mut file);
         // As torch does it, so that the storages of a file that is mapped into memory lie even.
         let plain = SimpleFileOptions::default()
             .compression_method(zip::CompressionMethod::Stored)
@@ -114,7 +115,7 @@ fn write_torch(path: &Path, tensors: &TensorMap) -> Result<()> {
         }
         write("version", b"3\n")?;
         archive.finish()?;
-        Ok(())
+        file.finish()
     })?)
 }
 
