@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::plan::{TEACHER, TEACHER_LEVELS};
+use super::plan::{TEACHER, TEACHER_LEVELS, sampled_in};
 use super::results::{Results, Spread};
 
 /// What became of a claim.
@@ -103,7 +103,7 @@ pub fn claims(results: &Results) -> Vec<Claim> {
     };
     let pairs = [
         ("CD is better than PD in one step", of("cd", 1), of("pd", 1)),
-        ("CD is better than PD in two steps", of("cd", 2), of("pd", 2)),
+        ("CD is better than PD in two steps", of("cd", 2), of(sampled_in("pd", 2), 2)),
         ("CD: pseudo-Huber is better than l2", of("cd", 1), of("cd-l2", 1)),
         ("CD: LPIPS is better than l2", of("cd-lpips", 1), of("cd-l2", 1)),
         ("CD: l2 is better than l1", of("cd-l2", 1), of("cd-l1", 1)),
@@ -111,8 +111,11 @@ pub fn claims(results: &Results) -> Vec<Claim> {
         ("CD: Heun is better than Euler at N = 18", of("cd", 1), of("cd-euler", 1)),
         ("CT: adaptive N(k) and μ(k) are better than N = 18", of("ct", 1), of("ct-n18", 1)),
         ("iCT is better than CT", of("ict", 1), of("ct", 1)),
+        ("iCT is better than CT with a live target", of("ict", 1), of("ct-live", 1)),
         ("ECT is better than CT", of("ect", 1), of("ct", 1)),
+        ("ECT is better than CT with a live target", of("ect", 1), of("ct-live", 1)),
         ("one step of CD is close to its teacher", of("cd", 1), twice_the_teacher()),
+        ("one step of CD at N = 8 is close to its teacher", of("cd-n8", 1), twice_the_teacher()),
     ];
     pairs.into_iter().filter_map(|(text, better, worse)| Some(Claim::new(text, better?, worse?))).collect()
 }

@@ -1,5 +1,6 @@
 //! `cm report`: the paper's comparisons on a data set, one factor at a time around a base, as one command.
 
+mod begin;
 mod claims;
 mod page;
 mod plan;
@@ -9,11 +10,11 @@ mod results;
 mod score;
 mod train;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use cm_torch::device;
 use cm_train::RunLock;
 use tch::Device;
@@ -24,14 +25,12 @@ use crate::exit::{Failure, OrUsage, Outcome};
 use crate::ranks;
 use crate::sources::ModelSource;
 use crate::ui::clock;
-use plan::{Plan, Settings, TEACHER, TEACHER_LEVELS, TRIALS, Trial};
+use plan::{Plan, TEACHER, TEACHER_LEVELS, TRIALS, Trial};
 use plots::Drawn;
 use results::{Results, RunResult};
 use score::{Sampling, Scorer};
 use train::{Job, MODEL_FILE, one_step};
 
-/// What a report was begun with.
-const SETTINGS_FILE: &str = "settings.json";
 /// What it found.
 const RESULTS_FILE: &str = "results.json";
 /// The same for people.
@@ -55,10 +54,11 @@ pub fn report(args: &ReportArgs) -> Outcome {
     let mut plan = Plan::new(args, format!("{device:?}")).or_usage()?;
     plan.settings.images = Scorer::digest(&plan.teacher().data).or_usage()?;
     let _lock = RunLock::take(&args.out).or_usage()?;
-    begin(&plan.settings, &args.out).or_usage()?;
+    begin::begin(&plan.settings, &args.out).or_usage()?;
     let stop = session::stop_on_signal()?;
+    let scorer = scorer(&plan, args)?;
+    begin::judge(&mut plan.settings, &args.out, &scorer).or_usage()?;
     let report = Report { args, plan: &plan, device, stop: &stop };
-    let scorer = report.scorer()?;
     let runs = report.runs(&scorer)?;
     train::heed(&stop)?;
     let results = report.results(&scorer, runs)?;
@@ -93,24 +93,8 @@ fn publish_only(args: &ReportArgs) -> Outcome {
     Ok(publish::publish(&results, &drawn, &args.out)?)
 }
 
-/// Opens the folder of a report: a new one, or one that was begun with the same settings.
-fn begin(settings: &Settings, out: &Path) -> Result<()> {
-    std::fs::create_dir_all(out).with_context(|| format!("{}: creating the folder", out.display()))?;
-    let place = out.join(SETTINGS_FILE);
-    let Some(found) = results::read::<Settings>(&place)? else { return results::write(&place, settings) };
-    if found == *settings {
-        return Ok(());
-    }
-    let values = |settings: &Settings| serde_json::to_value(settings);
-    let (old, new) = (values(&found)?, values(settings)?);
-    let changed = old.as_object().into_iter().flatten().filter(|(key, value)| new[key.as_str()] != **value);
-    let changed: Vec<String> =
-        changed.map(|(key, value)| format!("{key} {value}, now {}", new[key.as_str()])).collect();
-    bail!(
-        "{}: a report with other settings ({}); repeat its options, or choose another --out",
-        place.display(),
-        changed.join("; ")
-    )
+fn scorer(plan: &Plan, args: &ReportArgs) -> Result<Scorer> {
+    Scorer::new(&plan.teacher().data, plan.settings.measured, args.out.join("cache"), args.device)
 }
 
 /// A report in the making.
@@ -122,13 +106,8 @@ struct Report<'a> {
 }
 
 impl Report<'_> {
-    fn scorer(&self) -> Result<Scorer> {
-        let data = self.plan.teacher().data;
-        Scorer::new(&data, self.plan.settings.measured, self.args.out.join("cache"), self.args.device)
-    }
-
     fn folder(&self, trial: &str, seed: u64) -> PathBuf {
-        self.args.out.join("runs").join(trial).join(format!("seed-{seed}"))
+        self.args.out.join(begin::RUNS).join(trial).join(format!("seed-{seed}"))
     }
 
     /// The teacher and every run, the first seed of all trials before the second of any.
@@ -202,7 +181,10 @@ impl Report<'_> {
         if experiment.train.recipe().method().is_distilled() {
             experiment.teacher = Some(ModelSource::at(&self.folder(TEACHER, 0).join(MODEL_FILE), None)?);
         }
-        let samplings = [1, 2, 4].map(|steps| (self.sampling(trial.name, steps), seed)).to_vec();
+        let samplings = match plan::distilled_to(trial.name) {
+            Some(steps) => vec![(self.sampling(trial.name, steps), seed)],
+            None => [1, 2, 4].map(|steps| (self.sampling(trial.name, steps), seed)).to_vec(),
+        };
         Ok(Job {
             trial: trial.name,
             what: trial.what,
@@ -220,10 +202,10 @@ impl Report<'_> {
             let list: Vec<String> = sigmas.iter().map(f64::to_string).collect();
             Sampling::new(format!("--sampler multistep --sigmas {}", list.join(",")), steps)
         };
-        match (trial, steps) {
-            ("pd", _) => Sampling::new("--sampler progdist", steps),
-            (_, 1) => one_step(),
-            (_, 2) => multistep(&[highest, second]),
+        match steps {
+            _ if plan::distilled_to(trial).is_some() => Sampling::new("--sampler progdist", steps),
+            1 => one_step(),
+            2 => multistep(&[highest, second]),
             _ => multistep(&[highest, 4.0 * second, second, second / 4.0]),
         }
     }
@@ -248,11 +230,9 @@ impl Report<'_> {
         let out = &self.args.out;
         let mut drawn = plots::charts(results, out)?;
         let model = |trial: &str, steps: u64| {
-            let file = self.folder(trial, 0).join(MODEL_FILE);
-            let words = match (trial, steps) {
-                (TEACHER, _) => format!("--sampler heun --steps {TEACHER_LEVELS}"),
-                // The file of a progressively distilled student is the one of a single step.
-                ("pd", 2..) => return None,
+            let file = self.folder(plan::sampled_in(trial, steps), 0).join(MODEL_FILE);
+            let words = match trial {
+                TEACHER => format!("--sampler heun --steps {TEACHER_LEVELS}"),
                 _ => self.sampling(trial, steps).words,
             };
             file.is_file().then_some((file, words))

@@ -26,9 +26,11 @@ pub fn page(
         text += &format!("\n{NOTES}\n{notes}{END_OF_NOTES}\n");
     }
     text += "\n## Claims\n\nEach claim compares Fréchet distances (lower is better). It holds or fails if the means differ \
-             by more than two standard deviations of their difference over the seeds; else it is unresolved.\n\n";
+             by more than two standard deviations of their difference over the seeds; else it is unresolved. The teacher is one \
+             training: its ± is over sets of seeds of its samples.\n\n";
     text += &claims(&results.claims);
-    text += "\n## Trials\n\n";
+    text += "\n## Trials\n\nPrecision and recall are those of the fewest steps in the row. A progressively distilled student is \
+             made for one number of steps; each number is a training of its own, of all images.\n\n";
     text += &trials(results);
     text += "\n## The teacher\n\n";
     text += &teacher(results);
@@ -135,8 +137,10 @@ fn trials(results: &Results) -> String {
             .map_or_else(Default::default, |run| [run.what.clone(), run.evaluations_per_image.to_string()]);
         let of = |steps: u64, figure: fn(&Score) -> f64| results.spread(trial, steps, figure);
         let fcd = |steps: u64| spread(of(steps, |score| score.fcd));
-        let share =
-            |figure: fn(&Score) -> f64| of(1, figure).map_or("–".to_owned(), |s| format!("{:.2}", s.mean));
+        let fewest = super::plan::distilled_to(trial).unwrap_or(1);
+        let share = |figure: fn(&Score) -> f64| {
+            of(fewest, figure).map_or("–".to_owned(), |s| format!("{:.2}", s.mean))
+        };
         let mean = |of: fn(&RunResult) -> f64| {
             Spread::of(&runs.iter().map(|run| of(run)).collect::<Vec<_>>()).map_or(0.0, |s| s.mean)
         };
@@ -166,6 +170,7 @@ fn teacher(results: &Results) -> String {
         "{}: {} parameters, {} steps in {:.1} minutes ({:.0} images/s).\n\n",
         run.what, run.parameters, run.steps, run.minutes, run.images_per_second
     );
+    text += "One training; ± is over sets of seeds of its samples.\n\n";
     text += "| sampler | evaluations | FCD | precision | recall |\n| --- | --- | --- | --- | --- |\n";
     let mut seen: Vec<&str> = Vec::new();
     for score in &run.scores {

@@ -36,8 +36,12 @@ const EULER: &str = "train.teacher.solver=euler";
 const HEUN: &str = "train.teacher.solver=heun";
 const ADAPTIVE: &str = "train.target={kind='ema', rule={kind='adaptive', mu0=0.9, s0={s0}}}";
 
+/// Progressive distillation, by the steps of the student that a training ends at. Each is a training of its own: a student
+/// on the way to fewer steps has seen a part of the images only.
+const PROGRESSIVE: [(&str, u64); 3] = [("pd", 1), ("pd-2", 2), ("pd-4", 4)];
+
 /// Every trial, the base of distillation first.
-pub const TRIALS: [Trial; 14] = [
+pub const TRIALS: [Trial; 16] = [
     Trial { name: "cd", what: "CD: Heun, N = 18, pseudo-Huber", recipe: "cd", sets: &[HUBER, HEUN, N18] },
     Trial { name: "cd-l1", what: "CD with l1", recipe: "cd", sets: &["train.metric=l1", HEUN, N18] },
     Trial { name: "cd-l2", what: "CD with l2", recipe: "cd", sets: &["train.metric=l2", HEUN, N18] },
@@ -62,7 +66,20 @@ pub const TRIALS: [Trial; 14] = [
     Trial { name: "ict", what: "iCT", recipe: "ict", sets: &[] },
     Trial { name: "ect", what: "ECT, from scratch", recipe: "ect", sets: &[] },
     Trial { name: "pd", what: "progressive distillation", recipe: "pd", sets: &[] },
+    Trial { name: "pd-2", what: "progressive distillation to two steps", recipe: "pd", sets: &[] },
+    Trial { name: "pd-4", what: "progressive distillation to four steps", recipe: "pd", sets: &[] },
 ];
+
+/// The steps that a trial's student is distilled to; none for other recipes.
+pub fn distilled_to(trial: &str) -> Option<u64> {
+    PROGRESSIVE.iter().find(|(name, _)| *name == trial).map(|(_, steps)| *steps)
+}
+
+/// The trial whose samples of so many steps stand for `trial`: progressive distillation has one for each number.
+pub fn sampled_in(trial: &str, steps: u64) -> &str {
+    let of_steps = PROGRESSIVE.iter().find(|(_, wanted)| *wanted == steps).filter(|_| trial == "pd");
+    of_steps.map_or(trial, |(name, _)| *name)
+}
 
 /// What makes figures of two reports comparable. A report that goes on must have the same.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -76,6 +93,9 @@ pub struct Settings {
     pub data: String,
     /// SHA-256 of its training images.
     pub images: String,
+    /// SHA-256 of the weights of the classifier that scores. Reports from before it was noted have none.
+    #[serde(default)]
+    pub judge: Option<String>,
     /// Training images of a run.
     pub budget: u64,
     /// Training images of the teacher.
@@ -149,9 +169,10 @@ impl Plan {
             if !asked && !usual {
                 continue;
             }
-            let slow = args.quick && trial.name == SLOW && !asked;
+            let slow = args.quick && SLOW.contains(&trial.name) && !asked;
             let slow = slow.then(|| {
-                format!("its network takes longer than --quick has; ask for it with --trials {SLOW}")
+                let name = trial.name;
+                format!("it takes longer than --quick has; ask for it with --trials {name}")
             });
             match (slow.or_else(|| cannot_be(trial, &base)), asked) {
                 (None, _) => trials.push(trial),
@@ -189,23 +210,44 @@ impl Plan {
         experiment.train.batch = base.train.batch;
         experiment.name = trial.name.to_owned();
         self.set_length(&mut experiment, self.settings.budget);
+        if let Some(last) = distilled_to(trial.name) {
+            set_stages(&mut experiment, last);
+        }
         Ok(experiment)
     }
 
     fn set_length(&self, experiment: &mut Experiment, images: u64) {
         let steps = (images / experiment.train.batch as u64).max(1);
         experiment.set_steps(steps);
-        let every = match experiment.train.pairs {
-            // The students of two and of four steps are those at the ends of stages.
-            PairRule::Steps { num_scales: NumScales::ProgDist { steps_per_stage, .. }, .. } => {
-                steps_per_stage
-            }
-            _ => steps.div_ceil(self.settings.points),
-        };
-        let run = &mut experiment.run;
-        (run.sample_every, run.checkpoint_every, run.milestone_every) = (every, every, every);
-        (run.keep_last, run.log_every) = (1, (steps / 100).max(1));
+        set_stops(experiment, steps.div_ceil(self.settings.points));
+        (experiment.run.keep_last, experiment.run.log_every) = (1, (steps / 100).max(1));
     }
+}
+
+/// Grids and checkpoints every so many steps.
+fn set_stops(experiment: &mut Experiment, every: u64) {
+    let run = &mut experiment.run;
+    (run.sample_every, run.checkpoint_every, run.milestone_every) = (every, every, every);
+}
+
+/// Divides a progressive distillation into stages of which the student of `last` steps has the end.
+fn set_stages(experiment: &mut Experiment, last: u64) {
+    let total = experiment.train.total_steps;
+    let PairRule::Steps { num_scales: NumScales::ProgDist { start, steps_per_stage }, .. } =
+        &mut experiment.train.pairs
+    else {
+        return;
+    };
+    if last > 1 {
+        // The stage of two steps is as long as two others. What does not divide is missing at the end: a longer run would
+        // begin the next stage.
+        let halvings = u64::from(start.ilog2()) - u64::from(last.ilog2());
+        let stages = halvings + if last == 2 { 2 } else { 1 };
+        *steps_per_stage = total.div_ceil(stages);
+    }
+    // A stage's end is where its student can be looked at.
+    let every = *steps_per_stage;
+    set_stops(experiment, every);
 }
 
 /// The steps in which progressive distillation can have all its stages, of which the last two count double.
@@ -216,8 +258,8 @@ fn least_steps(progressive: &Experiment) -> u64 {
     }
 }
 
-/// The trial that `--quick` leaves out.
-const SLOW: &str = "cd-lpips";
+/// The trials that `--quick` leaves out: with the teacher it has 14 runs. Of a single seed no claim is decided anyhow.
+const SLOW: [&str; 3] = ["cd-lpips", "pd-2", "pd-4"];
 /// The trials of `--smoke`.
 const SMOKE: [&str; 2] = ["cd", "ect"];
 
@@ -242,6 +284,7 @@ fn settings(args: &ReportArgs, device: String) -> Settings {
         .to_owned(),
         data: args.data.name().to_owned(),
         images: String::new(),
+        judge: None,
         budget,
         teacher_budget: 2 * budget,
         points: if args.smoke { 2 } else { 5 },
@@ -345,6 +388,24 @@ mod tests {
     }
 
     #[test]
+    fn each_progressive_distillation_spends_all_images_and_ends_at_its_own_steps() {
+        // Budgets of numbers of steps that divide into stages and of some that do not.
+        for steps in (7..40).chain([500, 501, 1000]) {
+            let budget = (steps * 128).to_string();
+            let plan = plan(&["--budget", &budget]).unwrap();
+            for (name, last) in PROGRESSIVE {
+                let experiment = plan.experiment(trial(name).unwrap(), 0).unwrap();
+                assert_eq!(experiment.train.total_steps, steps);
+                assert_eq!(experiment.student_steps(steps), Some(last as usize), "{name} in {steps} steps");
+                let first = experiment.student_steps(1);
+                assert_eq!(first, Some(16), "all begin with the same student");
+            }
+        }
+        assert_eq!([1, 2, 4].map(|steps| sampled_in("pd", steps)), ["pd", "pd-2", "pd-4"]);
+        assert_eq!(sampled_in("cd", 2), "cd");
+    }
+
+    #[test]
     fn what_cannot_be_is_one_line() {
         let error = |words: &[&str]| format!("{:#}", plan(words).err().unwrap());
         assert!(error(&["--data", "fashion"]).contains("--images"));
@@ -355,6 +416,9 @@ mod tests {
         assert_eq!(smoke.trials.iter().map(|trial| trial.name).collect::<Vec<_>>(), SMOKE);
         let quick = plan(&["--quick"]).unwrap();
         assert!(quick.seeds == 1 && quick.trials.len() == 13, "with the teacher 14 runs");
-        assert!(quick.left_out[0].1.contains("--trials cd-lpips"));
+        assert_eq!(quick.left_out.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), SLOW);
+        for (name, why) in &quick.left_out {
+            assert!(why.ends_with(&format!("--trials {name}")), "{why}");
+        }
     }
 }

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use cm_data::{Batch, LabelRule, SourceSpec, Split};
 use tch::{Device, Tensor};
 
-use super::plan::TEACHER;
+use super::plan::{TEACHER, sampled_in};
 use super::results::{Results, Spread};
 use crate::args::SeedRange;
 use crate::commands::eval::input;
@@ -106,7 +106,10 @@ fn quality(results: &Results) -> Vec<Series> {
         series(name, at.iter().filter_map(of).collect())
     };
     let of_student = |trial: &&str| {
-        let spread = |steps: u64| Some((steps as f64, results.spread(trial, steps, |score| score.fcd)?));
+        let spread = |steps: u64| {
+            let of_steps = results.spread(sampled_in(trial, steps), steps, |score| score.fcd)?;
+            Some((steps as f64, of_steps))
+        };
         series(trial, [1, 2, 4].into_iter().filter_map(spread).collect())
     };
     SOLVERS.iter().filter_map(of_solver).chain(SHOWN.iter().filter_map(of_student)).collect()

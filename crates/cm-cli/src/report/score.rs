@@ -28,6 +28,7 @@ const FIRST_SEED: u64 = 10_000;
 /// What measures samples against the training images.
 pub struct Scorer {
     judge: Judge,
+    is_new: bool,
     real: Measured,
     held_out: Arc<dyn Dataset>,
     measured: u64,
@@ -60,9 +61,10 @@ impl Scorer {
             spec.open()
         };
         let (train, held_out) = (part(Split::Train)?, part(Split::Test)?);
-        let judge = Judge::trained(Some(&cache), &*train, &input::digest_of(&*train)?, shape_of(&*train))?;
+        let (judge, is_new) =
+            Judge::trained(Some(&cache), &*train, &input::digest_of(&*train)?, shape_of(&*train))?;
         let real = collect(&judge, &Input::Set(train.clone()), train.len() as u64)?;
-        Ok(Self { judge, real, held_out, measured, device })
+        Ok(Self { judge, is_new, real, held_out, measured, device })
     }
 
     /// The digest of the training images of `data`.
@@ -73,6 +75,16 @@ impl Scorer {
     /// Where the classifier comes from.
     pub fn judge(&self) -> Option<About> {
         self.judge.classifier.clone()
+    }
+
+    /// The SHA-256 of the classifier's weights.
+    pub fn weights(&self) -> &str {
+        &self.judge.weights
+    }
+
+    /// Whether the classifier was trained just now, rather than kept from before.
+    pub fn is_new(&self) -> bool {
+        self.is_new
     }
 
     /// The score of a model's samples; `range` chooses which seeds, disjoint from those of other ranges.

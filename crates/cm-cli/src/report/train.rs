@@ -4,8 +4,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail};
-use cm_schedule::NumScales;
-use cm_train::{Checkpoints, Ending, Method, PairRule, RunLock, TeacherSolver, Trainable};
+use cm_train::{Checkpoints, Ending, Method, RunLock, TeacherSolver, Trainable};
 use tch::{Device, Tensor};
 
 use super::plan::TEACHER;
@@ -43,6 +42,7 @@ pub struct Job<'a> {
 impl Job<'_> {
     /// The run's figures: those that are there, or new ones.
     pub fn run(&self, scorer: &Scorer, device: Device, stop: &AtomicBool) -> Outcome<RunResult> {
+        self.check_config().or_usage()?;
         let place = self.folder.join(RESULT_FILE);
         if let Some(result) = results::read(&place).or_usage()? {
             let result = self.completed(result, scorer, stop)?;
@@ -50,7 +50,6 @@ impl Job<'_> {
             self.tidy_up()?;
             return Ok(result);
         }
-        self.check_config().or_usage()?;
         let _lock = RunLock::take(&self.folder).or_usage()?;
         let result = match self.train(device, stop) {
             Err(Failure::Diverged(error)) => self.result(0, Some(format!("{error:#}")), vec![], vec![])?,
@@ -86,6 +85,13 @@ impl Job<'_> {
         if result.failed.is_some() {
             return Ok(result);
         }
+        // A student that was not distilled to so many steps is no fair choice for them, and earlier reports have such.
+        let known = |score: &Score| {
+            let same =
+                |(of, _): &(Sampling, u64)| of.words == score.sampler && of.evaluations == score.evaluations;
+            self.samplings.iter().any(same)
+        };
+        result.scores.retain(known);
         let is_there = |(sampling, range): &&(Sampling, u64)| {
             result.scores.iter().any(|score| score.sampler == sampling.words && score.range == *range)
         };
@@ -94,13 +100,15 @@ impl Job<'_> {
         Ok(result)
     }
 
-    /// A run that was begun with other settings is not gone on with.
+    /// A run that was begun with other settings is not gone on with, and its figures are not those of these settings.
     fn check_config(&self) -> Result<()> {
         let config = self.folder.join(CONFIG_FILE);
         if !config.is_file() {
             return Ok(());
         }
-        let found = Experiment::read(&Source::file(config.clone())?, &[])?;
+        let mut found = Experiment::read(&Source::file(config.clone())?, &[])?;
+        // The order in memory decides about speed, and about figures no more than rounding does.
+        found.compute.channels_last = self.experiment.compute.channels_last;
         if without_places(&found) != without_places(&self.experiment) {
             bail!(
                 "{}: begun with other settings; choose another --out, or remove this run's folder",
@@ -172,7 +180,7 @@ impl Job<'_> {
         Ok(points)
     }
 
-    /// The scores at the end; of a progressively distilled student those at the ends of its last stages.
+    /// The scores at the end.
     fn scores(
         &self,
         samplings: &[(Sampling, u64)],
@@ -183,8 +191,7 @@ impl Job<'_> {
         let mut scores = Vec::new();
         for (i, (sampling, range)) in samplings.iter().enumerate() {
             heed(stop)?;
-            let model = self.model_of(sampling)?;
-            let score = scorer.of_model(&model, sampling, *range)?;
+            let score = scorer.of_model(&self.model(), sampling, *range)?;
             bar.set(i as u64 + 1, format!("FCD {:.2}", score.fcd));
             scores.push(score);
         }
@@ -192,19 +199,10 @@ impl Job<'_> {
         Ok(scores)
     }
 
-    fn model_of(&self, sampling: &Sampling) -> Result<PathBuf> {
-        let student = match self.experiment.train.pairs {
-            PairRule::Steps { num_scales: NumScales::ProgDist { start, steps_per_stage }, .. } => {
-                end_of_stage(start, steps_per_stage, sampling.evaluations)
-            }
-            _ => None,
-        };
+    /// The weights at the end.
+    fn model(&self) -> PathBuf {
         let finished = self.folder.join(MODEL_FILE);
-        Ok(match student {
-            Some(step) => Checkpoints::of_run(&self.folder).path(step),
-            None if finished.is_file() => finished,
-            None => self.folder.clone(),
-        })
+        if finished.is_file() { finished } else { self.folder.clone() }
     }
 
     fn result(
@@ -247,19 +245,6 @@ pub fn one_step() -> Sampling {
     Sampling::new("--sampler onestep", 1)
 }
 
-/// The last step of the stage whose student has `wanted` steps; none for the last stage, which the run's end is.
-fn end_of_stage(start: usize, steps_per_stage: u64, wanted: u64) -> Option<u64> {
-    let (mut steps, mut end) = (start as u64, 0);
-    while steps > 1 {
-        end += if steps == 2 { 2 * steps_per_stage } else { steps_per_stage };
-        if steps == wanted {
-            return Some(end);
-        }
-        steps /= 2;
-    }
-    None
-}
-
 /// Evaluations for a training image: the student's, the target's, and the teacher's.
 fn evaluations_per_image(experiment: &Experiment) -> u64 {
     match experiment.train.recipe().method() {
@@ -273,21 +258,5 @@ fn evaluations_per_image(experiment: &Experiment) -> u64 {
             2 + of_solver
         }
         Method::Progressive { .. } => 3,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn stages_end_where_the_schedule_says() {
-        let schedule = NumScales::ProgDist { start: 16, steps_per_stage: 10 };
-        for wanted in [16, 8, 4, 2] {
-            let end = end_of_stage(16, 10, wanted).unwrap();
-            assert_eq!(schedule.num_scales(end - 1, 70), wanted as usize);
-            assert_eq!(schedule.num_scales(end, 70), wanted as usize / 2);
-        }
-        assert_eq!(end_of_stage(16, 10, 1), None);
     }
 }

@@ -81,7 +81,7 @@ impl Judge {
             let cache = (!args.no_cache).then_some(&args.cache);
             match (&args.classifier, set) {
                 (Some(file), _) => Ok(file.clone()),
-                (None, Some((set, data))) => trained_file(cache, set, data, shape, folder.path()),
+                (None, Some((set, data))) => trained_file(cache, set, data, shape, folder.path()).map(|(file, _)| file),
                 (None, None) => bail!(
                     "fcd, kcd and cpr need a classifier, which is trained on images of the reference, and it holds \
                      statistics alone; name the one that they were measured with by --classifier"
@@ -91,10 +91,17 @@ impl Judge {
         Self::load(&file, shape)
     }
 
-    /// A classifier for the images of a set with the digest `data`: out of the folder `cache`, or trained here.
-    pub fn trained(cache: Option<&PathBuf>, set: &dyn Dataset, data: &str, shape: [i64; 3]) -> Result<Self> {
+    /// A classifier for the images of a set with the digest `data`: out of the folder `cache`, or trained here, and
+    /// whether it was trained.
+    pub fn trained(
+        cache: Option<&PathBuf>,
+        set: &dyn Dataset,
+        data: &str,
+        shape: [i64; 3],
+    ) -> Result<(Self, bool)> {
         let folder = scratch()?;
-        Self::load(&trained_file(cache, set, data, shape, folder.path())?, shape)
+        let (file, is_new) = trained_file(cache, set, data, shape, folder.path())?;
+        Ok((Self::load(&file, shape)?, is_new))
     }
 
     fn load(file: &Path, shape: [i64; 3]) -> Result<Self> {
@@ -111,14 +118,14 @@ fn scratch() -> Result<tempfile::TempDir> {
     tempfile::tempdir().context("a folder for the classifier")
 }
 
-/// The file of [`Judge::trained`]; in `scratch` where there is no cache.
+/// The file of [`Judge::trained`], in `scratch` where there is no cache, and whether it is new.
 fn trained_file(
     cache: Option<&PathBuf>,
     set: &dyn Dataset,
     data: &str,
     shape: [i64; 3],
     scratch: &Path,
-) -> Result<PathBuf> {
+) -> Result<(PathBuf, bool)> {
     let data = &with_labels(set, data);
     let digits = data.get(..16).unwrap_or(data);
     let file = cache.map_or(scratch, PathBuf::as_path).join(format!("classifier-{digits}.safetensors"));
@@ -127,7 +134,7 @@ fn trained_file(
             Ok(judge)
                 if judge.classifier.as_ref().is_some_and(|a| a.data == *data && a.version == VERSION) =>
             {
-                return Ok(file);
+                return Ok((file, false));
             }
             Ok(_) => eprintln!("{}: the classifier of other data; training anew", file.display()),
             Err(error) => eprintln!("{error:#}; training anew"),
@@ -135,7 +142,7 @@ fn trained_file(
     }
     let (classifier, about) = train(set, data)?;
     classifier.save(&file, &serde_json::to_string(&about)?)?;
-    Ok(file)
+    Ok((file, true))
 }
 
 /// A digest of images, by theirs, and their labels.

@@ -46,7 +46,7 @@ impl Score {
             ScoreKind::Fid => Some(Judge::inception(&args.weights, device)?),
             ScoreKind::Fcd => {
                 let data = digest_of(set)?;
-                Some(Judge::trained(Some(&args.cache), set, &data, shape_of(set))?)
+                Some(Judge::trained(Some(&args.cache), set, &data, shape_of(set))?.0)
             }
         };
         let mut moments = MomentsStream::default();
