@@ -28,6 +28,12 @@ pub const PIXELS_A_BYTE: u64 = 8 * DEFLATE_RATIO;
 /// The most that deflate can expand its input: a 258-byte match from 2 bits (RFC 1951), that is 1032 to 1.
 pub const DEFLATE_RATIO: u64 = 1032;
 
+/// The most that an array in an archive may be larger than its deflated form. Images that carry something deflate to a
+/// tenth at best; what deflates to less than a hundredth is blank, and a few megabytes of it would fill the memory.
+pub const MAX_EXPANSION: u64 = 100;
+/// An array of so many bytes is read whatever it deflates to.
+pub const SMALL_ARRAY: u64 = 1 << 28;
+
 /// The product of `dims`, or an error if it exceeds [`MAX_RESIDENT`].
 pub(crate) fn claimed_bytes(file: &str, dims: &[u64]) -> Result<u64> {
     let too_large = |claimed| Error::TooLarge {

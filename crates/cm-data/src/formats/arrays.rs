@@ -67,7 +67,7 @@ pub fn read(path: &Path, wanted: &[&str]) -> Result<BTreeMap<String, Array>> {
         let Some(index) = archive.index_for_name(&format!("{name}.npy")) else { continue };
         let file = format!("{}: {name}", path.display());
         let entry = archive.by_index(index).map_err(|e| Error::unread(&file, e))?;
-        let capacity = npz::capacity(&entry, stored);
+        let capacity = npz::capacity(&entry, stored, &file)?;
         found.insert((*name).to_owned(), read_one(&mut Bounded { reader: entry, capacity, file })?);
     }
     Ok(found)

@@ -13,7 +13,7 @@ use crate::dataset::{Labels, MemorySet, Shape};
 use crate::error::{Error, Result};
 use crate::formats::npy::{self, IntArray, IntType};
 use crate::grid::write_whole;
-use crate::limits::{Bounded, DEFLATE_RATIO};
+use crate::limits::{Bounded, DEFLATE_RATIO, MAX_EXPANSION, SMALL_ARRAY};
 use crate::transform::{deinterleave, interleave};
 
 /// Reads an `.npz` or `.npy` file. `classes` bounds the labels; `labelled = false` leaves `arr_1` unread.
@@ -75,14 +75,20 @@ fn member(
     };
     let file = format!("{name}: {}", member.trim_end_matches(".npy"));
     let entry = archive.by_index(index).map_err(|e| Error::unread(&file, e))?;
-    let capacity = capacity(&entry, stored);
+    let capacity = capacity(&entry, stored, &file)?;
     IntArray::read(&mut Bounded { reader: entry, capacity, file })
 }
 
-/// The most bytes that a member of an archive of `stored` bytes can hold.
-pub(crate) fn capacity<R: Read>(entry: &zip::read::ZipFile<'_, R>, stored: u64) -> u64 {
+/// The most bytes that a member of an archive of `stored` bytes can hold; an error for one that blows up beyond measure.
+pub(crate) fn capacity<R: Read>(entry: &zip::read::ZipFile<'_, R>, stored: u64, file: &str) -> Result<u64> {
     // Both sizes are claims; the archive's own length is not.
-    entry.size().min(entry.compressed_size().min(stored).saturating_mul(DEFLATE_RATIO))
+    let (claimed, packed) = (entry.size(), entry.compressed_size().min(stored));
+    let possible = claimed.min(packed.saturating_mul(DEFLATE_RATIO));
+    let limit = packed.saturating_mul(MAX_EXPANSION).max(SMALL_ARRAY);
+    if possible > limit {
+        return Err(Error::TooLarge { file: file.to_owned(), what: "bytes unpacked", claimed, limit });
+    }
+    Ok(possible)
 }
 
 /// NHWC or NHW uint8 to a set.
