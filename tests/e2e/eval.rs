@@ -1,5 +1,7 @@
 //! `cm eval`: models, images and statistics against data.
 
+use std::io::{Read, Write};
+
 use cm_data::{Shape, npz};
 use cm_model::Bundle;
 use cm_tests::Sandbox;
@@ -38,7 +40,8 @@ fn a_run_is_judged_by_its_own_data_with_spread_and_a_cache() {
     assert_eq!(figures["fcd"]["runs"], 2);
     assert!(figures["fcd"]["std"].as_f64().unwrap() > 0.0 && mean(&figures, "fcd") > 1.0);
     assert!(mean(&figures, "classifier_precision") < 0.5, "30 steps make no digits");
-    assert!(sandbox.read("a.md").contains("| fcd"));
+    assert!(sandbox.read("a.md").contains("| fcd") && sandbox.read("a.md").contains("--sampler onestep"));
+    says_what_was_judged(&sandbox);
 
     // The second time nothing of the data is measured again, and with another sampler the figures are others.
     let again = eval("");
@@ -70,6 +73,61 @@ fn a_run_is_judged_by_its_own_data_with_spread_and_a_cache() {
     assert!(compared.contains("| fcd") && compared.contains("images"), "{compared}");
 }
 
+/// The JSON names the weights, the sampler as it was, and the seeds; a copy of the weights elsewhere is the same model.
+fn says_what_was_judged(sandbox: &Sandbox) {
+    let json = |name: &str| -> Value { serde_json::from_str(&sandbox.read(name)).unwrap() };
+    let first = json("a.json");
+    assert_eq!(first["input"]["sampler"], "--sampler onestep");
+    assert_eq!(first["input"]["file"].as_str().map(str::len), Some(64));
+    assert_eq!([0, 1].map(|run| first["runs"][run]["seeds"].clone()), ["0-199", "200-399"]);
+
+    let checkpoint =
+        sandbox.list("run/checkpoints").into_iter().filter(|name| name.starts_with("step-")).max();
+    let folder = format!("run/checkpoints/{}", checkpoint.unwrap());
+    let averages = sandbox.list(&folder);
+    let ema = averages.iter().find(|name| name.starts_with("ema-")).unwrap();
+    for copy in ["x/model.safetensors", "y/model.safetensors"] {
+        sandbox.write(copy, std::fs::read(sandbox.path(format!("{folder}/{ema}"))).unwrap());
+        let line = format!("eval {copy} --reference tiny.toml --device cpu --metrics fcd --seeds 0-199");
+        sandbox.cm(&line).run().ok();
+    }
+    let [x, y] = ["out/eval/x-model.json", "out/eval/y-model.json"].map(json);
+    assert_eq!(x["input"]["file"], first["input"]["file"]);
+    assert_eq!(x["summary"], y["summary"]);
+    let compared = sandbox.cm("eval --compare out/eval/x-model.json out/eval/y-model.json").run().ok().stdout;
+    assert!(compared.contains("the same weights by the same sampler"), "{compared}");
+    // Too few images in the second range are found before any of the first is drawn.
+    let done = sandbox.cm("eval run --device cpu --metrics fcd --seeds 0-199 --seeds 0-99").run();
+    assert!(!done.stderr.contains("img/s"), "{done:#?}");
+    done.fails(2, &["100 images", "128", "singular", "--allow-few"]);
+    for (metrics, seeds, words) in
+        [("cpr", "0-2", ["--pr-k 3", "got 3"]), ("kcd", "7", ["at least 2 images", "got 1"])]
+    {
+        let line = format!("eval run --device cpu --metrics {metrics} --seeds 0-199 --seeds {seeds}");
+        let done = sandbox.cm(&line).run();
+        assert!(!done.stderr.contains("img/s"), "{done:#?}");
+        done.fails(2, &words);
+    }
+}
+
+#[test]
+fn emoji_are_judged_by_features_that_learnt_without_labels() {
+    let sandbox = Sandbox::new();
+    let line = "eval emoji-ct:test --reference emoji-ct --device cpu --metrics fcd,cpr -o a.json";
+    let done = sandbox.cm(line).run().ok();
+    assert!(done.stderr.contains("training a classifier (rotations)"), "{}", done.stderr);
+    let floor = summary(&sandbox, "a.json");
+    assert!(mean(&floor, "classifier_precision") > 0.5, "{floor}");
+    // Noise is further from emoji than other emoji are.
+    let shape = Shape::square(3, 32);
+    let pixels: Vec<u8> =
+        (0..200 * shape.values() as u64).map(|i| (i.wrapping_mul(i * 7 + 3) >> 9) as u8).collect();
+    npz::save(&sandbox.path("noise.npz"), shape, &pixels, None).unwrap();
+    sandbox.cm("eval noise.npz --reference emoji-ct --device cpu --metrics fcd,cpr -o b.json").run().ok();
+    let noise = summary(&sandbox, "b.json");
+    assert!(mean(&noise, "fcd") > 2.0 * mean(&floor, "fcd"), "{noise} {floor}");
+}
+
 #[test]
 fn a_folder_an_npz_and_stored_statistics_of_the_same_images_agree() {
     let sandbox = Sandbox::new();
@@ -87,6 +145,12 @@ fn a_folder_an_npz_and_stored_statistics_of_the_same_images_agree() {
     let fcd = |json: &str| mean(&summary(&sandbox, json), "fcd");
     assert_eq!(fcd("npz.json"), fcd("folder.json"));
     assert!((fcd("npz.json") - fcd("statistics.json")).abs() < 1e-6 * fcd("npz.json"));
+    let json: Value = serde_json::from_str(&sandbox.read("statistics.json")).unwrap();
+    assert_eq!(
+        json["input"]["file"].as_str().map(str::len),
+        Some(64),
+        "the digest of the file of statistics"
+    );
 
     // As reference they serve where the classifier is the one that they were measured with.
     let classifier =
@@ -126,6 +190,49 @@ fn inception_judges_with_the_weights_of_its_file() {
         .cm("eval a.npz --reference b.npz --device cpu")
         .run()
         .fails(2, &["6 images", "2048", "--allow-few"]);
+
+    // Spatial features: 2023 numbers an image, of which six images say something all the same.
+    let line = "--device cpu --metrics sfid --allow-few --save-stats s.npz -o s.json";
+    sandbox.cm(&format!("eval a.npz --reference b.npz {line}")).run().ok();
+    let apart = mean(&summary(&sandbox, "s.json"), "sfid");
+    let json: Value = serde_json::from_str(&sandbox.read("s.json")).unwrap();
+    assert!(json["warnings"][0].as_str().unwrap().contains("2023 numbers"), "{json}");
+    let stored = cm_data::arrays::read(&sandbox.path("s.npz"), &["mu_s", "sigma_s"]).unwrap();
+    assert_eq!((&stored["mu_s"].shape[..], &stored["sigma_s"].shape[..]), (&[2023][..], &[2023, 2023][..]));
+    sandbox.cm(&format!("eval a.npz --reference a.npz {line}")).run().ok();
+    let same = mean(&summary(&sandbox, "s.json"), "sfid");
+    assert!(apart > 0.0 && same.abs() < 1e-6 * apart, "{apart} {same}");
+}
+
+/// Half a gigabyte of black images in half a megabyte, and a network that answers with no number.
+fn bad_numbers_end_in_one_line(sandbox: &Sandbox) {
+    let file = std::fs::File::create(sandbox.path("bomb.npz")).unwrap();
+    let mut archive = zip::ZipWriter::new(file);
+    let options = zip::write::SimpleFileOptions::default()
+        .compression_method(zip::CompressionMethod::Deflated)
+        .compression_level(Some(1));
+    archive.start_file("arr_0.npy", options).unwrap();
+    let header = "{'descr': '|u1', 'fortran_order': False, 'shape': (8388608, 8, 8), }\n";
+    let length = (header.len() as u16).to_le_bytes();
+    archive.write_all(&[b"\x93NUMPY\x01\x00".as_slice(), &length, header.as_bytes()].concat()).unwrap();
+    std::io::copy(&mut std::io::repeat(0).take(512 << 20), &mut archive).unwrap();
+    archive.finish().unwrap();
+    let line = "eval bomb.npz --reference digits --metrics fcd --device cpu";
+    sandbox.cm(line).run().fails(2, &["bomb.npz: arr_0", "bytes unpacked"]);
+
+    sandbox.cm("eval a.npz --reference digits --metrics fcd --device cpu -o a.json").run().ok();
+    let cached = sandbox.list("out/eval/cache");
+    let classifier = cached.iter().find(|name| name.starts_with("classifier-")).unwrap();
+    let mut bundle = Bundle::read(&sandbox.path(format!("out/eval/cache/{classifier}"))).unwrap();
+    let _ = bundle.tensors.get_mut("linear0.bias").unwrap().fill_(f64::NAN);
+    bundle.write(&sandbox.path("nan.safetensors")).unwrap();
+    for metrics in ["fcd", "kcd", "cpr"] {
+        let line = format!("eval a.npz --reference digits --metrics {metrics} --classifier nan.safetensors");
+        let done = sandbox.cm(&format!("{line} --device cpu")).run();
+        let code = done.code.unwrap_or_default();
+        assert!(matches!(code, 1 | 2), "{done:#?}");
+        done.fails(code, &["finite"]);
+    }
 }
 
 #[test]
@@ -156,6 +263,7 @@ fn bad_inputs_end_in_one_line() {
     cm_data::grid::save_samples(&sandbox.path("mixed"), &[9; 72], wide, &[1], false).unwrap();
     fails("eval mixed --reference digits", &["expected 8x8 pixels, got 9x8"]);
 
+    bad_numbers_end_in_one_line(&sandbox);
     let statistics = |name: &str, sigma: [f64; 4]| {
         let array = |shape: &[usize], values: &[f64]| cm_data::arrays::Array {
             shape: shape.into(),

@@ -184,6 +184,14 @@ impl FeatureNet for Classifier {
         }
         Ok(Seen { features: Tensor::f_cat(&features, 0)?, spatial: None, logits: Tensor::f_cat(&logits, 0)? })
     }
+
+    fn features(&self) -> u64 {
+        HIDDEN as u64
+    }
+
+    fn spatial_features(&self) -> Option<u64> {
+        None
+    }
 }
 
 /// Images that are evaluated together.
@@ -285,6 +293,7 @@ mod tests {
         let classifier = Classifier::train(&images, &labels, 2, spec).unwrap();
         let seen = classifier.see(&images).unwrap();
         assert_eq!((seen.features.size(), seen.logits.size()), (vec![64, HIDDEN], vec![64, 2]));
+        assert_eq!((classifier.features(), classifier.spatial_features()), (HIDDEN as u64, None));
         let probabilities = classifier.probabilities(&images).unwrap();
         assert!((seen.logits.softmax(-1, Kind::Float) - probabilities).abs().max().double_value(&[]) < 1e-6);
 

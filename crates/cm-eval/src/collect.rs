@@ -23,6 +23,12 @@ pub trait FeatureNet {
     /// # Errors
     /// [`crate::Error`] for images that it does not take.
     fn see(&self, images: &Tensor) -> Result<Seen>;
+
+    /// Numbers in an image's features.
+    fn features(&self) -> u64;
+
+    /// Numbers in the features that keep their place, of a network that has some.
+    fn spatial_features(&self) -> Option<u64>;
 }
 
 /// Images that Inception sees at a time: at 299×299 its first layers take a quarter of a gigabyte for so many.
@@ -42,6 +48,14 @@ impl FeatureNet for cm_net::Inception {
         }
         let [features, spatial, logits] = [features, spatial, logits].map(|parts| Tensor::f_cat(&parts, 0));
         Ok(Seen { features: features?, spatial: Some(spatial?), logits: logits? })
+    }
+
+    fn features(&self) -> u64 {
+        cm_net::inception::POOLED as u64
+    }
+
+    fn spatial_features(&self) -> Option<u64> {
+        Some(cm_net::inception::SPATIAL as u64)
     }
 }
 
@@ -66,6 +80,17 @@ impl Parts {
             && (self.spatial || !other.spatial)
             && (self.features || !other.features)
             && (other.score.is_none() || self.score == other.score)
+    }
+
+    /// Everything that either has; of two Inception scores that of `self`.
+    #[must_use]
+    pub fn and(&self, other: &Parts) -> Parts {
+        Parts {
+            moments: self.moments || other.moments,
+            spatial: self.spatial || other.spatial,
+            score: self.score.or(other.score),
+            features: self.features || other.features,
+        }
     }
 }
 
@@ -203,5 +228,8 @@ mod tests {
         let some = Parts { moments: true, ..Parts::default() };
         assert!(ALL.hold(&some) && ALL.hold(&ALL) && !some.hold(&ALL));
         assert!(!ALL.hold(&Parts { score: Some(10), ..some }));
+        let other = Parts { spatial: true, score: Some(10), ..Parts::default() };
+        assert_eq!(some.and(&other), Parts { moments: true, ..other });
+        assert_eq!(ALL.and(&other), ALL);
     }
 }

@@ -43,6 +43,18 @@ pub enum SampleSize {
     Unknown,
 }
 
+impl SampleSize {
+    /// Of so many images, of which each has `features` numbers.
+    #[must_use]
+    pub fn of(images: u64, features: u64) -> Self {
+        match images {
+            few if few <= features => SampleSize::Singular,
+            some if some < ENOUGH_PER_DIMENSION * features => SampleSize::Biased,
+            _ => SampleSize::Enough,
+        }
+    }
+}
+
 /// Mean and covariance of a set of features, float64 on the CPU.
 #[derive(Debug)]
 pub struct Moments {
@@ -261,13 +273,7 @@ impl Moments {
     /// Whether the covariance rests on enough images.
     #[must_use]
     pub fn sample_size(&self) -> SampleSize {
-        let dim = self.dim() as u64;
-        match self.count {
-            None => SampleSize::Unknown,
-            Some(count) if count <= dim => SampleSize::Singular,
-            Some(count) if count < ENOUGH_PER_DIMENSION * dim => SampleSize::Biased,
-            Some(_) => SampleSize::Enough,
-        }
+        self.count.map_or(SampleSize::Unknown, |count| SampleSize::of(count, self.dim() as u64))
     }
 
     /// Whether the images are so few that the Fréchet distance is biased or worse.

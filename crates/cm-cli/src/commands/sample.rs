@@ -12,7 +12,7 @@ use tch::Tensor;
 
 use super::eval::cache::digest_of;
 use super::session::STUDENT_STEPS;
-use crate::args::{SampleArgs, SamplerKind};
+use crate::args::{Dtype, SampleArgs, SamplerKind};
 use crate::exit::{OrUsage, Outcome};
 use crate::net::{HEUN_LEVELS, steps_of_student};
 use crate::pictures;
@@ -73,6 +73,65 @@ fn settings_of(args: &SampleArgs, file: &ModelFile) -> Result<Value> {
         "no_clip": args.no_clip,
         "dtype": format!("{:?}", args.dtype),
     }))
+}
+
+/// What a model's images are made by, for people who want to know later.
+#[derive(Debug)]
+pub struct MadeBy {
+    /// The SHA-256 of the weights: of the numbers with their names, in whatever file they are.
+    pub weights: String,
+    /// The options of `cm sample` that decide about the images, also those that were not given.
+    pub sampler: String,
+}
+
+/// What the images of `args` are made by.
+pub fn made_by(args: &SampleArgs) -> Result<MadeBy> {
+    let source = ModelSource::find(&args.model, args.kind.as_deref(), args.ema.as_deref())?;
+    let file = source.read()?;
+    Ok(MadeBy { weights: digest_of(&file.tensors), sampler: sampler_words(args, &file.spec)? })
+}
+
+fn sampler_words(args: &SampleArgs, spec: &ModelSpec) -> Result<String> {
+    let sampler = sampler(args, spec);
+    let mut words = format!("--sampler {}", sampler.name());
+    let mut add = |option: &str, value: Option<String>| {
+        if let Some(value) = value {
+            words += &format!(" {option} {value}");
+        }
+    };
+    match sampler {
+        SamplerKind::Onestep => {}
+        SamplerKind::Multistep => match times(args, spec.precond.rho)? {
+            Times::Sigmas(sigmas) => add("--sigmas", Some(list(&sigmas))),
+            Times::Indices { ts, steps, .. } => {
+                add("--ts", Some(list(&ts)));
+                add("--steps", Some(steps.to_string()));
+            }
+        },
+        SamplerKind::Progdist => {
+            let steps = args.steps.or(distilled_to(spec));
+            add("--steps", steps.map(|steps| steps.to_string()));
+        }
+        _ => add("--steps", Some(args.steps.unwrap_or(HEUN_LEVELS).to_string())),
+    }
+    let churn = &args.churn;
+    for (option, value) in [
+        ("--s-churn", churn.s_churn),
+        ("--s-min", churn.s_min),
+        ("--s-max", churn.s_max),
+        ("--s-noise", churn.s_noise),
+        ("--cfg", args.cfg),
+    ] {
+        add(option, value.map(|value| value.to_string()));
+    }
+    add("--class", args.class.map(|class| class.to_string()));
+    add("--no-clip", args.no_clip.then(String::new));
+    add("--dtype", (args.dtype != Dtype::F32).then(|| format!("{:?}", args.dtype).to_lowercase()));
+    Ok(words.trim_end().to_owned())
+}
+
+fn list<T: ToString>(values: &[T]) -> String {
+    values.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
 
 /// The denoiser that follows its class as closely as `--cfg` says.
@@ -149,14 +208,23 @@ impl Share {
     }
 }
 
+/// The steps that a model was progressively distilled to.
+fn distilled_to(spec: &ModelSpec) -> Option<usize> {
+    spec.about.get(STUDENT_STEPS).and_then(|steps| steps.parse().ok())
+}
+
 /// The sampler that was asked for, or the usual one for the kind of model.
-fn steps(args: &SampleArgs, spec: &ModelSpec) -> Result<Steps> {
-    let distilled_to = spec.about.get(STUDENT_STEPS).and_then(|steps| steps.parse::<usize>().ok());
-    let sampler = args.sampler.unwrap_or(match (spec.role, distilled_to) {
+fn sampler(args: &SampleArgs, spec: &ModelSpec) -> SamplerKind {
+    args.sampler.unwrap_or(match (spec.role, distilled_to(spec)) {
         (Role::Consistency, _) => SamplerKind::Onestep,
         (Role::Denoiser, None) => SamplerKind::Heun,
         (Role::Denoiser, Some(_)) => SamplerKind::Progdist,
-    });
+    })
+}
+
+/// [`sampler`] with what it needs to know.
+fn steps(args: &SampleArgs, spec: &ModelSpec) -> Result<Steps> {
+    let sampler = sampler(args, spec);
     check_options(args, sampler)?;
     let grid = spec.precond.grid()?;
     let solver = |solver| Steps::Solver { solver, levels: grid.with_zero(args.steps.unwrap_or(HEUN_LEVELS)) };
@@ -169,7 +237,7 @@ fn steps(args: &SampleArgs, spec: &ModelSpec) -> Result<Steps> {
         SamplerKind::Ancestral => solver(Solver::Ancestral),
         SamplerKind::Dpmpp2m => solver(Solver::DpmPp2m),
         SamplerKind::Progdist => {
-            let steps = args.steps.or(distilled_to).context(
+            let steps = args.steps.or(distilled_to(spec)).context(
                 "--sampler progdist needs --steps: the model does not say how many steps it was distilled to",
             )?;
             steps_of_student(&grid, steps)

@@ -72,13 +72,20 @@ impl Cache {
         }
     }
 
-    /// Keeps what was measured, together with the parts that a smaller file had.
+    /// Keeps what was measured, together with the other parts that are there: whoever asks for one figure and then for
+    /// another has both.
     pub fn put(&self, key: &Key, parts: &Parts, measured: &Measured) -> Result<()> {
         let Some(file) = self.file(key) else { return Ok(()) };
-        let tensors = tensors_of(measured);
+        let (mut parts, mut score, mut tensors) = (*parts, measured.score, tensors_of(measured));
         let count = measured.count.unwrap_or(0);
+        if let Some((old, kept)) = whole(&file, key).ok().filter(|(old, _)| old.count == count) {
+            (parts, score) = (parts.and(&old.parts), score.or(old.score));
+            for (name, tensor) in kept {
+                tensors.entry(name).or_insert(tensor);
+            }
+        }
         let digest = digest_of(&tensors);
-        let meta = Meta { key: key.clone(), parts: *parts, count, score: measured.score, digest };
+        let meta = Meta { key: key.clone(), parts, count, score, digest };
         let metadata = BTreeMap::from([(META.to_owned(), serde_json::to_string(&meta)?)]);
         Ok(Bundle { tensors, metadata }.write(&file)?)
     }
@@ -110,8 +117,9 @@ pub fn digest_of(tensors: &TensorMap) -> String {
     digest::of_bytes(pieces.iter().map(Vec::as_slice))
 }
 
-fn read(file: &Path, key: &Key, parts: &Parts) -> Result<Measured> {
-    let Bundle { mut tensors, metadata } = Bundle::read(file)?;
+/// Everything in a file that is of `key` and is as it was written.
+fn whole(file: &Path, key: &Key) -> Result<(Meta, TensorMap)> {
+    let Bundle { tensors, metadata } = Bundle::read(file)?;
     let meta = metadata.get(META).context("no cache of `cm eval`")?;
     let meta: Meta = serde_json::from_str(meta).context("its description cannot be read")?;
     if meta.key != *key {
@@ -120,6 +128,11 @@ fn read(file: &Path, key: &Key, parts: &Parts) -> Result<Measured> {
     if meta.digest != digest_of(&tensors) {
         bail!("its numbers are not those that were written");
     }
+    Ok((meta, tensors))
+}
+
+fn read(file: &Path, key: &Key, parts: &Parts) -> Result<Measured> {
+    let (meta, mut tensors) = whole(file, key)?;
     if !meta.parts.hold(parts) {
         bail!("it lacks a part of what is measured now");
     }
@@ -184,6 +197,26 @@ mod tests {
         let none = Cache::new(None);
         none.put(&key("d"), &PARTS, &measured()).unwrap();
         assert!(none.get(&key("d"), &PARTS).is_none());
+    }
+
+    #[test]
+    fn parts_that_are_measured_in_turn_are_all_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = Cache::new(Some(folder.path()));
+        let moments = Parts { features: false, ..PARTS };
+        let features = Parts { moments: false, ..PARTS };
+        cache.put(&key("d"), &moments, &Measured { features: None, ..measured() }).unwrap();
+        assert!(cache.get(&key("d"), &features).is_none());
+        cache.put(&key("d"), &features, &Measured { moments: None, ..measured() }).unwrap();
+        let both = cache.get(&key("d"), &PARTS).unwrap();
+        assert!(both.moments.is_some() && both.features.unwrap().equal(&measured().features.unwrap()));
+        // What is of other images, or of another number of them, or torn, is not joined with.
+        let other = Measured { count: Some(4), moments: None, ..measured() };
+        cache.put(&key("d"), &features, &other).unwrap();
+        assert!(cache.get(&key("d"), &moments).is_none() && cache.get(&key("d"), &features).is_some());
+        std::fs::write(cache.file(&key("d")).unwrap(), "torn").unwrap();
+        cache.put(&key("d"), &moments, &Measured { features: None, ..measured() }).unwrap();
+        assert!(cache.get(&key("d"), &moments).is_some() && cache.get(&key("d"), &features).is_none());
     }
 
     #[test]

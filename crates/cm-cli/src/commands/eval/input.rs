@@ -43,7 +43,7 @@ pub struct Statistics {
 }
 
 /// The name of a source without a part of it, and the part: `digits-ct:test`.
-fn part_of(text: &str) -> (&str, Option<Split>) {
+pub fn part_of(text: &str) -> (&str, Option<Split>) {
     let parts = [Split::Train, Split::Test, Split::All];
     let named = |split: &Split| Some((text.strip_suffix(split.name())?.strip_suffix(':')?, Some(*split)));
     parts.iter().find_map(named).unwrap_or((text, None))

@@ -1,25 +1,28 @@
 //! `cm eval`: how good images are, beside those that they should look like.
 
 pub mod cache;
+mod counts;
 pub mod input;
 pub mod judge;
 mod measure;
 mod report;
 
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use cm_data::{Dataset, digest};
-use cm_eval::{Measured, Moments, Parts, SampleSize, frechet_distance, kid, kid_subsets, precision_recall};
+use cm_eval::{Measured, Moments, Parts, frechet_distance, kid, kid_subsets, precision_recall};
 use serde_json::{Value, json};
 use tch::Device;
 
 use cache::Cache;
+use counts::Counts;
 use input::{Input, Statistics};
 use judge::Judge;
 use report::{Figures, JudgeNote, Report, Run, Settings, Subject};
 
+use super::sample::{self, MadeBy};
 use crate::args::{EvalArgs, Metric, SampleArgs};
 use crate::exit::{OrUsage, Outcome};
 use crate::ranks::Ranks;
@@ -97,9 +100,20 @@ impl<'a> Evaluation<'a> {
     }
 
     fn out(&self) -> PathBuf {
-        let text = self.args.input.as_deref().unwrap_or("eval").replace(':', "-");
-        let stem = Path::new(&text).file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        self.args.out.clone().unwrap_or_else(|| Path::new("out/eval").join(stem).with_extension("json"))
+        if let Some(out) = &self.args.out {
+            return out.clone();
+        }
+        let text = self.args.input.as_deref().unwrap_or_default();
+        let place = |name: &str| Path::new("out/eval").join(format!("{name}.json"));
+        let (name, own) = (name_of(text), self.input.describe());
+        // Two names may still come to one, such as a-b/c and a/b-c.
+        match Report::read(&place(&name)) {
+            Ok(other) if other.input.source != own => {
+                let digest = digest::of_bytes([own.as_bytes()]);
+                place(&format!("{name}-{}", digest.get(..8).unwrap_or(&digest)))
+            }
+            _ => place(&name),
+        }
     }
 
     fn wants(&self, metric: Metric) -> bool {
@@ -117,18 +131,50 @@ impl<'a> Evaluation<'a> {
         };
         self.ranks.agree_on(|| self.settings([&input_data, &reference_data])).or_usage()?;
         let judges = self.judges(reference_data.as_deref(), input_data.as_deref()).or_usage()?;
-        let mut warnings = Vec::new();
-        let reference = self.reference(&judges, reference_data.as_deref())?;
-        for (judge, measured) in judges.iter().zip(&reference) {
-            self.check_count(judge, measured, "the reference", &mut warnings).or_usage()?;
-        }
-        let (mut runs, measured) = (Vec::new(), self.measured(&judges, input_data.as_deref())?);
+        let mut counts = Counts::new(self);
+        let data = reference_data.as_deref();
+        // Stored statistics cost nothing, and what is wrong with them is told first.
+        let stored = matches!(self.reference, Some(Input::Statistics(_)));
+        let stored = stored.then(|| self.checked_reference(&judges, data, &mut counts)).transpose()?;
+        counts.before_measuring(&judges).or_usage()?;
+        let made_by = match &self.input {
+            Input::Model(args) => Some(sample::made_by(args).or_usage()?),
+            Input::Set(_) | Input::Statistics(_) => None,
+        };
+        let reference = match stored {
+            Some(stored) => stored,
+            None => self.checked_reference(&judges, data, &mut counts)?,
+        };
+        let measured = self.measured(&judges, input_data.as_deref())?;
         // Rank 0 has all that is left to do.
         let _busy = self.ranks.group.is_first().then(|| self.ranks.group.busy());
+        let runs = self.runs(&judges, &reference, measured, &mut counts)?;
+        let images = runs.first().map(|run| run.images);
+        let mut input = self.subject(&self.input, input_data, images).or_usage()?;
+        if let Some(MadeBy { weights, sampler }) = made_by {
+            (input.file, input.sampler) = (Some(weights), Some(sampler));
+            input.sample = self.args.sample.clone();
+        }
+        let images = reference.first().and_then(|measured| measured.count);
+        let of_reference = self.reference.as_ref().filter(|_| !reference.is_empty());
+        let of_reference = of_reference.map(|found| self.subject(found, reference_data, images));
+        let of_reference = of_reference.transpose().or_usage()?;
+        Ok(self.report(&judges, input, of_reference, runs, counts.warnings))
+    }
+
+    /// The figures of everything that was measured, and the statistics that were to be kept.
+    fn runs(
+        &self,
+        judges: &[Judge],
+        reference: &[Measured],
+        measured: Vec<(String, Vec<Measured>)>,
+        counts: &mut Counts<'_>,
+    ) -> Outcome<Vec<Run>> {
+        let mut runs = Vec::new();
         for (place, (name, measured)) in measured.into_iter().enumerate() {
             let mut figures = Figures::new();
             for (index, (judge, measured)) in judges.iter().zip(&measured).enumerate() {
-                self.check_count(judge, measured, "the images", &mut warnings).or_usage()?;
+                counts.of_measured(judge, measured, "the images").or_usage()?;
                 figures.extend(self.figures(judge, reference.get(index), measured)?);
             }
             if let (true, 0, Some(path), Some(judge), Some(first)) =
@@ -138,9 +184,25 @@ impl<'a> Evaluation<'a> {
                 eprintln!("statistics of the {}: {}", judge.name, path.display());
             }
             let images = measured.first().and_then(|m| m.count).unwrap_or(0);
-            runs.push(Run { name, images, figures });
+            let seeds = self.args.seeds.get(place).filter(|_| matches!(self.input, Input::Model(_)));
+            let seeds = seeds.map(|seeds| ranges(&seeds.0));
+            runs.push(Run { name, seeds, images, figures });
         }
-        Ok(self.report(&judges, &reference, runs, warnings, [input_data, reference_data]))
+        Ok(runs)
+    }
+
+    /// What is compared with, if it rests on enough images.
+    fn checked_reference(
+        &self,
+        judges: &[Judge],
+        data: Option<&str>,
+        counts: &mut Counts<'_>,
+    ) -> Outcome<Vec<Measured>> {
+        let reference = self.reference(judges, data)?;
+        for (judge, measured) in judges.iter().zip(&reference) {
+            counts.of_measured(judge, measured, "the reference").or_usage()?;
+        }
+        Ok(reference)
     }
 
     /// All that decides about the figures and what is exchanged on the way, for ranks to compare.
@@ -152,7 +214,7 @@ impl<'a> Evaluation<'a> {
             if let Input::Model(sampling) = &self.input {
                 let model = sampling.model.display().to_string();
                 let sampling = input::sampling(&model, args)?;
-                samples.push(super::sample::settings(&SampleArgs { seeds: seeds.clone(), ..sampling })?);
+                samples.push(sample::settings(&SampleArgs { seeds: seeds.clone(), ..sampling })?);
             }
         }
         let metrics: Vec<_> = self.metrics.iter().map(|metric| metric.name()).collect();
@@ -186,7 +248,7 @@ impl<'a> Evaluation<'a> {
                 of_reference.or_else(|| self.input.set().zip(input).filter(|_| self.reference.is_none()));
             let shape = match (set, self.input.set(), &self.input) {
                 (Some((set, _)), ..) | (None, Some(set), _) => judge::shape_of(&**set),
-                (None, None, Input::Model(args)) => super::sample::shape(args)?,
+                (None, None, Input::Model(args)) => sample::shape(args)?,
                 (None, None, _) => bail!("{}: statistics alone on both sides", self.input.describe()),
             };
             let set = set.map(|(set, data)| (&**set, data));
@@ -254,7 +316,7 @@ impl<'a> Evaluation<'a> {
                     let total = seeds.0.len() as u64;
                     let input = Input::Model(Box::new(sampling));
                     let measured = measure::pass(&input, total, &wanted, self.args.batch, self.ranks)?;
-                    runs.push((range(&seeds.0), measured));
+                    runs.push((format!("seeds {}", ranges(&seeds.0)), measured));
                 }
                 runs
             }
@@ -296,59 +358,22 @@ impl<'a> Evaluation<'a> {
         Ok(figures)
     }
 
-    /// Refuses a covariance that means nothing, and notes a distance that too few images bias.
-    fn check_count(
-        &self,
-        judge: &Judge,
-        measured: &Measured,
-        what: &str,
-        warnings: &mut Vec<String>,
-    ) -> Result<()> {
-        let fid = if judge.classifier.is_some() { "fcd" } else { "fid" };
-        for (name, moments) in [(fid, &measured.moments), ("sfid", &measured.spatial)] {
-            let Some(moments) = moments else { continue };
-            let dim = moments.dim();
-            let few = match moments.sample_size() {
-                SampleSize::Singular => Some(format!("{} images", moments.count().unwrap_or(0))),
-                SampleSize::Biased => {
-                    let count = moments.count().unwrap_or(0);
-                    let note = format!(
-                        "{name}: {count} images are few for {dim} numbers an image in {what}; the distance comes out larger \
-                         than of more, and compares with figures of as many alone"
-                    );
-                    if !warnings.contains(&note) {
-                        warnings.push(note);
-                    }
-                    None
-                }
-                SampleSize::Unknown => {
-                    let rank = moments.rank()?;
-                    (rank < dim).then(|| format!("a covariance of rank {rank}"))
-                }
-                SampleSize::Enough => None,
-            };
-            let Some(few) = few else { continue };
-            let text = format!(
-                "{name}: {what} give {few} and a feature has {dim} numbers, so the covariance is singular and the distance \
-                 means little"
-            );
-            if !self.args.allow_few {
-                bail!("{text}; take more than {dim} images, or measure kid or kcd, or say --allow-few");
-            }
-            if !warnings.contains(&text) {
-                warnings.push(text);
-            }
-        }
-        Ok(())
+    /// What is said about one side.
+    fn subject(&self, input: &Input, data: Option<String>, images: Option<u64>) -> Result<Subject> {
+        let file = match input {
+            Input::Statistics(path) => Some(digest::of_file(path)?),
+            Input::Set(_) | Input::Model(_) => None,
+        };
+        Ok(Subject { source: input.describe(), sample: None, sampler: None, data, file, images })
     }
 
     fn report(
         &self,
         judges: &[Judge],
-        reference: &[Measured],
+        input: Subject,
+        reference: Option<Subject>,
         runs: Vec<Run>,
         warnings: Vec<String>,
-        [input_data, reference_data]: [Option<String>; 2],
     ) -> Report {
         let args = self.args;
         let settings = Settings {
@@ -357,27 +382,13 @@ impl<'a> Evaluation<'a> {
             is_splits: args.is_splits,
             pr_k: args.pr_k,
         };
-        let model = matches!(self.input, Input::Model(_));
-        let input = Subject {
-            source: self.input.describe(),
-            sample: model.then(|| args.sample.clone().unwrap_or_else(|| "the usual sampler".to_owned())),
-            data: input_data,
-            images: runs.first().map(|run| run.images),
-        };
-        let of_reference = self.reference.as_ref().filter(|_| !reference.is_empty());
-        let of_reference = of_reference.map(|found| Subject {
-            source: found.describe(),
-            sample: None,
-            data: reference_data,
-            images: reference.first().and_then(|measured| measured.count),
-        });
         let note = |judge: &Judge| JudgeNote {
             name: judge.name.to_owned(),
             weights: judge.weights.clone(),
             classifier: judge.classifier.clone(),
         };
         let judges = judges.iter().map(note).collect();
-        Report { judges, warnings, ..Report::new(input, of_reference, settings, runs) }
+        Report { judges, warnings, ..Report::new(input, reference, settings, runs) }
     }
 }
 
@@ -396,11 +407,61 @@ fn metrics(args: &EvalArgs, reference: bool) -> Result<Vec<Metric>> {
 }
 
 /// Seeds as one would type them.
-fn range(seeds: &[u64]) -> String {
-    match (seeds.first(), seeds.last()) {
-        (Some(first), Some(last)) if last.checked_sub(*first) == Some(seeds.len() as u64 - 1) => {
-            format!("seeds {first}-{last}")
+fn ranges(seeds: &[u64]) -> String {
+    let mut parts: Vec<(u64, u64)> = Vec::new();
+    for &seed in seeds {
+        match parts.last_mut() {
+            Some((_, last)) if last.checked_add(1) == Some(seed) => *last = seed,
+            _ => parts.push((seed, seed)),
         }
-        _ => format!("{} seeds", seeds.len()),
+    }
+    let typed = |&(first, last): &(u64, u64)| match first == last {
+        true => first.to_string(),
+        false => format!("{first}-{last}"),
+    };
+    parts.iter().map(typed).collect::<Vec<_>>().join(",")
+}
+
+/// The name of a report on `text` in the folder of all: every folder of its path, so that two files of one name in two
+/// folders have two reports.
+fn name_of(text: &str) -> String {
+    let (path, part) = input::part_of(text);
+    let path = Path::new(path);
+    let stem = if path.is_dir() { path.file_name() } else { path.file_stem() };
+    let folders = path.parent().into_iter().flat_map(Path::components);
+    let names = folders.filter_map(|component| match component {
+        Component::Normal(name) => Some(name),
+        _ => None,
+    });
+    let mut names: Vec<String> = names.chain(stem).map(|name| name.to_string_lossy().into_owned()).collect();
+    names.extend(part.map(|part| part.name().to_owned()));
+    if names.is_empty() { "eval".to_owned() } else { names.join("-") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn seeds_are_said_exactly() {
+        assert_eq!(ranges(&[0, 1, 2, 3]), "0-3");
+        assert_eq!(ranges(&[7, 1, 2, u64::MAX]), format!("7,1-2,{}", u64::MAX));
+        let same: crate::args::SeedRange = ranges(&[5, 9, 10, 12]).parse().unwrap();
+        assert_eq!(same.0, [5, 9, 10, 12]);
+    }
+
+    #[test]
+    fn reports_are_named_by_the_whole_path() {
+        for (text, name) in [
+            ("a.npz", "a"),
+            ("a/model.safetensors", "a-model"),
+            ("./b/model.safetensors", "b-model"),
+            ("../c/d/", "c-d"),
+            ("digits-ct:test", "digits-ct-test"),
+            ("x/a.npz:all", "x-a-all"),
+            ("..", "eval"),
+        ] {
+            assert_eq!(name_of(text), name, "{text}");
+        }
     }
 }

@@ -43,12 +43,33 @@ pub struct Report {
 pub struct Subject {
     /// What it is.
     pub source: String,
-    /// How a model was sampled: options of `cm sample`.
+    /// How a model was to be sampled: the options of `cm sample` that were given.
     pub sample: Option<String>,
+    /// How it was sampled: all that decide about the images.
+    #[serde(default)]
+    pub sampler: Option<String>,
     /// SHA-256 of the images, where they lie on the disk.
     pub data: Option<String>,
+    /// SHA-256 of a model's weights, or of a file of statistics.
+    #[serde(default)]
+    pub file: Option<String>,
     /// Number of images, of each run; none if statistics do not say.
     pub images: Option<u64>,
+}
+
+impl Subject {
+    /// What it holds, wherever it lies.
+    fn digest(&self) -> Option<&String> {
+        self.data.as_ref().or(self.file.as_ref())
+    }
+
+    /// Whether it is the same as another, by digests where both have one.
+    fn is(&self, other: &Subject) -> bool {
+        match (self.digest(), other.digest()) {
+            (Some(own), Some(of_other)) => own == of_other,
+            _ => self.source == other.source,
+        }
+    }
 }
 
 /// A network that saw the images.
@@ -80,6 +101,9 @@ pub struct Settings {
 pub struct Run {
     /// Its seeds, or `images`.
     pub name: String,
+    /// The seeds of a model's images, as `--seeds` takes them.
+    #[serde(default)]
+    pub seeds: Option<String>,
     /// Number of images.
     pub images: u64,
     /// Its figures.
@@ -183,7 +207,7 @@ impl Report {
     /// The figures as a table that reads well as it is and as Markdown.
     pub fn table(&self) -> String {
         let mut text = format!("{}: {}", self.date, self.input.source);
-        if let Some(sample) = &self.input.sample {
+        if let Some(sample) = self.input.sampler.as_ref().or(self.input.sample.as_ref()) {
             let _ = write!(text, " ({sample})");
         }
         let images = self.runs.first().map_or(0, |run| run.images);
@@ -272,11 +296,21 @@ fn verdict(a: &Spread, b: &Spread, more: bool) -> &'static str {
 /// Why two evaluations may not be comparable.
 fn differences(a: &Report, b: &Report) -> Vec<String> {
     let mut found = Vec::new();
-    let reference = |report: &Report| {
-        report.reference.as_ref().map(|r| r.data.clone().unwrap_or_else(|| r.source.clone()))
+    let same = match (&a.reference, &b.reference) {
+        (Some(of_a), Some(of_b)) => of_a.is(of_b),
+        (of_a, of_b) => of_a.is_none() && of_b.is_none(),
     };
-    if reference(a) != reference(b) {
+    if !same {
         found.push("they were compared with different references: the figures do not compare".to_owned());
+    }
+    if let (Some(of_a), Some(of_b)) = (a.input.digest(), b.input.digest()) {
+        let sampler = a.input.sampler == b.input.sampler;
+        if of_a == of_b && sampler {
+            found.push("both judge the same images, or the same weights by the same sampler".to_owned());
+        }
+        if of_a != of_b && a.input.source == b.input.source {
+            found.push(format!("{} held something else each time", a.input.source));
+        }
     }
     for judge in &a.judges {
         let other = b.judges.iter().find(|other| other.name == judge.name);
@@ -305,11 +339,14 @@ mod tests {
         let subject = |source: &str| Subject {
             source: source.into(),
             sample: None,
-            data: Some(format!("digest of {source}")),
+            sampler: None,
+            data: (source == "digits").then(|| "digest of digits".to_owned()),
+            file: None,
             images: Some(100),
         };
         let run = |(place, &fid): (usize, &f64)| Run {
             name: place.to_string(),
+            seeds: None,
             images: 100,
             figures: Figures::from([("fid".to_owned(), fid), ("kid_std".to_owned(), 0.1)]),
         };
@@ -364,6 +401,24 @@ mod tests {
         for words in ["different references", "100 and 50 images", "neighbours"] {
             assert!(text.contains(words), "{text}");
         }
+        let noted = |a: &Report, b: &Report, words: &str| compare(["a", "b"], [a, b]).contains(words);
+        // A file that was moved is the same, and one that was written over is not.
+        let statistics = |source: &str, file: &str| {
+            let of = |file: &str| Some(file.to_owned());
+            let subject = Subject { source: source.into(), data: None, file: of(file), ..a.input.clone() };
+            Report { reference: Some(subject), ..a.clone() }
+        };
+        let (one, moved, other) =
+            (statistics("s.npz", "1"), statistics("t.npz", "1"), statistics("s.npz", "2"));
+        assert!(!noted(&one, &moved, "different references"));
+        assert!(noted(&one, &other, "different references"));
+        let model = |file: &str, sampler: &str| {
+            let (file, sampler) = (Some(file.to_owned()), Some(sampler.to_owned()));
+            Report { input: Subject { file, sampler, ..a.input.clone() }, ..a.clone() }
+        };
+        assert!(noted(&model("1", "x"), &model("1", "x"), "the same weights by the same sampler"));
+        assert!(!noted(&model("1", "x"), &model("1", "y"), "same weights"));
+        assert!(noted(&model("1", "x"), &model("2", "x"), "model held something else"));
         b.summary.clear();
         assert!(compare(["a", "b"], [&a, &b]).contains("no figure in common"));
     }
