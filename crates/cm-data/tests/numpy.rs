@@ -138,7 +138,7 @@ fn written_images_are_what_numpy_read() {
         |path: &Path| std::process::Command::new(python).arg(&script).arg("read").arg(path).output().unwrap();
     let done = run(&path);
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
-    npz::save(&path, shape, &vec![0; 180], Some(&LABELS)).unwrap();
+    npz::save(&path, shape, &[0; 180], Some(&LABELS)).unwrap();
     let done = run(&path);
     assert!(!done.status.success() && String::from_utf8_lossy(&done.stderr).contains("other numbers"));
 }
