@@ -120,6 +120,9 @@ fn packed_images_train_as_their_files_and_corrupt_ones_are_named() {
     let done = train("kind='folder', path='pictures', max_corrupt=1", "d").ok();
     assert_eq!(done.stderr.matches("WARNING: passed over: ").count(), 1, "{done:#?}");
     assert!(done.stderr.contains("pictures/dog_1.png: cannot decode"), "{done:#?}");
+    assert!(done.stderr.contains("1 images do not decode and were passed over"), "{done:#?}");
+    let stats = std::fs::read_to_string(sandbox.path("out/runs/d/stats.jsonl")).unwrap();
+    assert!(stats.lines().last().unwrap().contains("\"passed_over\":1"), "{stats}");
     let less = sandbox.cm("data pack pictures --out less --max-corrupt 1 --labels none").run().ok();
     assert!(less.stderr.contains("WARNING: left out: ") && less.stderr.contains("dog_1.png"), "{less:#?}");
     assert_eq!(sandbox.list("less"), ["images-00000.npy"]);

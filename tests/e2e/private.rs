@@ -43,6 +43,10 @@ fn runs_logs_checkpoints_and_samples_hold_no_path_and_no_secret() {
     files(&sandbox.path("run"), &mut found);
     files(&sandbox.path("drawn"), &mut found);
     assert!(found.len() > 15, "{}", found.len());
+    // The lock names the process and the host that hold a folder, for the one who finds it held. That is gone when the
+    // run has ended; after `kill -9` it stays until the next one, and the lock is no part of what a run leaves.
+    let lock = fs::read(sandbox.path("run/.lock")).unwrap();
+    assert!(lock.is_empty(), "{}", String::from_utf8_lossy(&lock));
     let secrets = [home.as_str(), "at-home", TOKEN, "a-user-of-this-machine", env!("CARGO_MANIFEST_DIR")];
     for (name, bytes) in found {
         // A run that is to go on has to know where its data lies: as it was typed, and nowhere but here.

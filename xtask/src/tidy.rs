@@ -26,6 +26,7 @@ fn breaches() -> Result<Vec<String>> {
     let metadata = graph::metadata(&root)?;
     let mut breaches = graph::check(&metadata)?;
     breaches.extend(licences::check(&root, &metadata)?);
+    breaches.extend(licences::check_fuzzer(&root)?);
     breaches.extend(sources::check(&root)?);
     Ok(breaches)
 }

@@ -2,10 +2,11 @@
  * and loads it into `cm` by LD_PRELOAD. It is part of no program.
  *
  *   CM_FAULT_BELOW   the folder, an absolute path
- *   CM_FAULT_CALL    which call fails: create, open, mkdir, read, write, fsync or rename
+ *   CM_FAULT_CALL    which call fails: create, open, mkdir, read, write, fsync, rename or unlink (of folders too)
  *   CM_FAULT_AT      which of them, from 1
  *   CM_FAULT_ERRNO   with what
  *   CM_FAULT_STAYS   1: all later ones fail too, as on a disk that is full
+ *   CM_FAULT_CLOCK   seconds by which the time of day is turned, and CM_FAULT_CLOCK_AT: behind how many looks at it
  *   CM_FAULT_NOTE    a file that gets `failed PATH` when one fails and, at the end, `calls NAME NUMBER` for each call
  */
 #define _GNU_SOURCE
@@ -19,14 +20,17 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/types.h>
+#include <time.h>
 #include <unistd.h>
 
-enum call { CREATE, OPEN, MKDIR, READ, WRITE, FSYNC, RENAME, CALLS };
-static const char *const names[CALLS] = {"create", "open", "mkdir", "read", "write", "fsync", "rename"};
+enum call { CREATE, OPEN, MKDIR, READ, WRITE, FSYNC, RENAME, UNLINK, CALLS };
+static const char *const names[CALLS] = {"create", "open",  "mkdir",  "read",
+                                         "write",  "fsync", "rename", "unlink"};
 
 static const char *below, *note;
 static long at, seen[CALLS];
 static int failing = -1, with, stays;
+static long turned, turned_at, looks;
 
 #define REAL(type, name, ...) ((type (*)(__VA_ARGS__))dlsym(RTLD_NEXT, name))
 
@@ -46,6 +50,9 @@ __attribute__((constructor)) static void begin(void) {
     for (int i = 0; call != NULL && i < CALLS; i++)
         if (strcmp(names[i], call) == 0) failing = i;
     below = getenv("CM_FAULT_BELOW");
+    const char *by = getenv("CM_FAULT_CLOCK"), *behind = getenv("CM_FAULT_CLOCK_AT");
+    turned = by == NULL ? 0 : atol(by);
+    turned_at = behind == NULL ? 0 : atol(behind);
 }
 
 __attribute__((destructor)) static void end(void) {
@@ -54,6 +61,8 @@ __attribute__((destructor)) static void end(void) {
         snprintf(line, sizeof line, "calls %s %ld\n", names[i], __atomic_load_n(&seen[i], __ATOMIC_RELAXED));
         add_note(line);
     }
+    snprintf(line, sizeof line, "calls clock %ld\n", __atomic_load_n(&looks, __ATOMIC_RELAXED));
+    add_note(line);
 }
 
 static int is_below(const char *path) {
@@ -149,4 +158,29 @@ ssize_t read(int file, void *bytes, size_t count) {
 ssize_t pread64(int file, void *bytes, size_t count, off64_t place) {
     if (fails_file(READ, file)) return -1;
     return REAL(ssize_t, "pread64", int, void *, size_t, off64_t)(file, bytes, count, place);
+}
+
+int unlink(const char *path) {
+    if (fails(UNLINK, path)) return -1;
+    return REAL(int, "unlink", const char *)(path);
+}
+
+int rmdir(const char *path) {
+    if (fails(UNLINK, path)) return -1;
+    return REAL(int, "rmdir", const char *)(path);
+}
+
+/* What lies in an open folder goes by the folder's path. */
+int unlinkat(int folder, const char *path, int flags) {
+    if (folder == AT_FDCWD || path[0] == '/' ? fails(UNLINK, path) : fails_file(UNLINK, folder)) return -1;
+    return REAL(int, "unlinkat", int, const char *, int)(folder, path, flags);
+}
+
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    static int (*real)(clockid_t, struct timespec *);
+    if (real == NULL) real = REAL(int, "clock_gettime", clockid_t, struct timespec *);
+    int result = real(clock, now);
+    if (clock == CLOCK_REALTIME && result == 0 && __atomic_add_fetch(&looks, 1, __ATOMIC_RELAXED) > turned_at)
+        now->tv_sec += turned;
+    return result;
 }

@@ -62,6 +62,11 @@ impl Corrupt {
         Ok(())
     }
 
+    /// How many were found so far.
+    pub fn count(&self) -> usize {
+        self.found.lock().unwrap_or_else(PoisonError::into_inner).all.len()
+    }
+
     /// What was found since this was last asked: one line for each image.
     pub fn news(&self) -> Vec<String> {
         std::mem::take(&mut self.found.lock().unwrap_or_else(PoisonError::into_inner).news)

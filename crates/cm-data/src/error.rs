@@ -1,6 +1,5 @@
 //! What can go wrong with data, in sentences for the person who has to mend it.
 
-use std::error::Error as StdError;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -263,12 +262,20 @@ impl Error {
         Error::Corrupt { file: file.into(), cause: one_line(&cause.to_string()) }
     }
 
-    /// What reading `file` ended with: the system's refusal where it was that, as when a disk fails, and else
-    /// [`Error::Corrupt`].
-    pub(crate) fn unread(file: impl Into<String>, cause: impl StdError + 'static) -> Error {
-        match of_system(&cause) {
-            Some(cause) => Error::Io { action: "read", path: PathBuf::from(file.into()), cause },
-            None => Error::corrupt(file, cause),
+    /// What a reader of packed bytes of the file `path` says: the system's error where that is what it comes of, else
+    /// an [`Error::Corrupt`] of `file`.
+    pub(crate) fn unpacking(
+        path: &Path,
+        file: impl Into<String>,
+        error: &(dyn std::error::Error + 'static),
+    ) -> Error {
+        match of_system(error) {
+            Some(cause) => Error::Io { action: "read", path: path.into(), cause },
+            // An archive's own error shows one of reading as `i/o error` alone.
+            None => match error.source() {
+                Some(cause) => Error::corrupt(file, cause),
+                None => Error::corrupt(file, error),
+            },
         }
     }
 
@@ -278,14 +285,19 @@ impl Error {
     }
 }
 
-/// The system's error that `error` is or comes from, however many others are around it.
-pub(crate) fn of_system(error: &(dyn StdError + 'static)) -> Option<io::Error> {
-    let mut next = Some(error);
-    while let Some(error) = next {
-        if let Some(code) = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
-            return Some(io::Error::from_raw_os_error(code));
+/// The system's error at the bottom of `error`, which readers of archives wrap into their own: a fault of the disk, and
+/// none of the bytes on it.
+pub(crate) fn of_system(error: &(dyn std::error::Error + 'static)) -> Option<io::Error> {
+    let mut at = Some(error);
+    while let Some(error) = at {
+        let io = error.downcast_ref::<io::Error>();
+        if let Some(number) = io.and_then(io::Error::raw_os_error) {
+            return Some(io::Error::from_raw_os_error(number));
         }
-        next = error.source();
+        at = match io.and_then(io::Error::get_ref) {
+            Some(inner) => Some(inner),
+            None => error.source(),
+        };
     }
     None
 }
@@ -328,24 +340,40 @@ pub(crate) fn listing(path: &Path) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
+
     use super::*;
 
+    /// A disk with a bad block at its beginning.
+    struct Bad;
+
+    impl Read for Bad {
+        fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+            Err(io::Error::from_raw_os_error(5))
+        }
+    }
+
     #[test]
-    fn what_the_system_refuses_is_told_from_what_is_damaged() {
-        let refused = || io::Error::from_raw_os_error(5);
-        let around = zip::result::ZipError::Io(io::Error::other(zip::result::ZipError::Io(refused())));
-        for error in [Error::unread("a.npz", refused()), Error::unread("a.npz", around)] {
-            assert!(
-                matches!(&error, Error::Io { cause, .. } if cause.raw_os_error() == Some(5)),
-                "{error:?}"
-            );
-        }
-        let damaged = [
-            zip::result::ZipError::InvalidArchive("no end".into()),
-            zip::result::ZipError::Io(io::ErrorKind::UnexpectedEof.into()),
-        ];
-        for cause in damaged {
-            assert!(matches!(Error::unread("a.npz", cause), Error::Corrupt { .. }));
-        }
+    fn what_the_system_refuses_is_found_below_the_errors_of_readers() {
+        let number = |error: io::Error| of_system(&error).and_then(|error| error.raw_os_error());
+        let of_tar = |reader: &mut dyn Read| match tar::Archive::new(reader).entries().unwrap().next() {
+            Some(Err(error)) => error,
+            _ => panic!("an archive without bytes"),
+        };
+        assert_eq!(number(of_tar(&mut Bad)), Some(5));
+        assert_eq!(number(of_tar(&mut flate2::read::GzDecoder::new(Bad))), Some(5));
+        let twice = io::Error::other(io::Error::other(io::Error::from_raw_os_error(5)));
+        assert_eq!(number(twice), Some(5));
+        // Bytes that are wrong, or that end.
+        assert_eq!(number(of_tar(&mut [7u8; 600].as_slice())), None);
+        assert_eq!(number(io::ErrorKind::UnexpectedEof.into()), None);
+        assert_eq!(number(io::ErrorKind::InvalidData.into()), None);
+        let zip = zip::result::ZipError::Io(io::Error::from_raw_os_error(5));
+        let error = Error::unpacking("a.zip".as_ref(), "a.zip: 1.png", &zip).to_string();
+        assert!(error.starts_with("cannot read a.zip: Input/output error"), "{error}");
+        let zip = zip::result::ZipError::Io(io::ErrorKind::UnexpectedEof.into());
+        let error = Error::unpacking("a.zip".as_ref(), "a.zip: 1.png", &zip);
+        assert!(error.is_of_image() && error.to_string().contains("a.zip: 1.png"), "{error}");
+        assert!(!error.to_string().contains("i/o error"), "{error}");
     }
 }

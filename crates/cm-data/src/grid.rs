@@ -1,8 +1,10 @@
 //! Pictures for people: images side by side, enlarged until they can be seen.
 
+use std::collections::BTreeSet;
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
 
+use cm_model::files;
 use image::{DynamicImage, GrayImage, ImageFormat, Rgb, RgbImage, imageops};
 
 use crate::dataset::{Dataset, Shape};
@@ -165,7 +167,7 @@ pub fn sample_path(folder: &Path, seed: u64, subdirs: bool) -> PathBuf {
     folder.join(format!("{seed:06}.png"))
 }
 
-/// Writes each image of NCHW `pixels` to the [`sample_path`] of its seed.
+/// Writes each image of NCHW `pixels` to the [`sample_path`] of its seed, each whole or not at all.
 ///
 /// # Errors
 /// [`Error::Argument`] if there are not as many images as seeds; [`Error::Io`] with the file.
@@ -174,22 +176,15 @@ pub fn save_samples(folder: &Path, pixels: &[u8], shape: Shape, seeds: &[u64], s
         let expected = format!("{} images of {shape}, one per seed", seeds.len());
         return Err(Error::Argument { what: "samples", expected, got: format!("{} bytes", pixels.len()) });
     }
+    let mut folders = BTreeSet::new();
     for (chw, &seed) in pixels.chunks_exact(shape.values()).zip(seeds) {
         let path = sample_path(folder, seed, subdirs);
-        if let Some(parent) = path.parent() {
-            std::fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
-        }
-        // Whole or not there, if this process is killed. Each on the disk by itself would take longer than to make it.
-        let beside = path.with_extension("png.partial");
-        let written =
-            std::fs::write(&beside, encode_png(chw, shape)?).and_then(|()| std::fs::rename(&beside, &path));
-        written.map_err(|cause| {
-            // The cause is what the caller has to know.
-            let _ = std::fs::remove_file(&beside);
-            Error::io("write", &path)(cause)
-        })?;
+        let png = encode_png(chw, shape)?;
+        let written = files::write_beside(&path, |out| std::io::Write::write_all(out, &png));
+        written.map_err(|error| not_written(&path, error))?;
+        folders.extend(path.parent().map(Path::to_path_buf));
     }
-    Ok(())
+    folders.iter().try_for_each(|place| files::sync_folder(place).map_err(|error| not_written(place, error)))
 }
 
 /// [`cm_model::files::write_atomic`] with this crate's error.
@@ -197,12 +192,15 @@ pub(crate) fn write_whole(
     path: &Path,
     write: impl FnOnce(&mut std::io::BufWriter<&std::fs::File>) -> std::io::Result<()>,
 ) -> Result<()> {
-    cm_model::files::write_atomic(path, write).map_err(|e| match e {
-        cm_model::Error::Io { path, source, .. } => Error::Io { action: "write", path, cause: source },
-        other => {
-            Error::Io { action: "write", path: path.into(), cause: std::io::Error::other(other.to_string()) }
-        }
-    })
+    files::write_atomic(path, write).map_err(|error| not_written(path, error))
+}
+
+fn not_written(path: &Path, error: cm_model::Error) -> Error {
+    let (path, cause) = match error {
+        cm_model::Error::Io { path, source, .. } => (path, source),
+        other => (path.into(), std::io::Error::other(other.to_string())),
+    };
+    Error::Io { action: "write", path, cause }
 }
 
 #[cfg(test)]
@@ -272,6 +270,12 @@ mod tests {
         assert!(dir.path().join("000000/000003.png").is_file());
         assert!(save_samples(dir.path(), &[0; 6], shape, &[1, 2], false).is_err());
         assert!(encode_png(&[0; 5], shape).is_err());
+        // Nothing lies beside them, and one that cannot take its place leaves nothing.
+        std::fs::create_dir_all(dir.path().join("000009.png/x")).unwrap();
+        let error = save_samples(dir.path(), &[0; 6], shape, &[9], false).unwrap_err().to_string();
+        assert!(error.contains("000009.png"), "{error}");
+        let names = |folder: &str| std::fs::read_dir(dir.path().join(folder)).unwrap().count();
+        assert_eq!((names("000000"), names("001000"), names("")), (1, 1, 3));
     }
 
     #[test]

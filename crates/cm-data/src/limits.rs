@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::Path;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, of_system};
 
 /// Longest side of an encoded image, in pixels.
 pub const MAX_SIDE: u32 = 16_384;
@@ -115,9 +115,9 @@ impl<R: Read> Bounded<R> {
     }
 
     fn broken(&self, what: &str, cause: std::io::Error) -> Error {
-        match cause.raw_os_error() {
+        match of_system(&cause) {
             // What the system refuses is no fault of the bytes.
-            Some(_) => Error::Io { action: "read", path: self.file.clone().into(), cause },
+            Some(cause) => Error::Io { action: "read", path: self.file.clone().into(), cause },
             None => Error::corrupt(self.file.clone(), format!("{what}: {cause}")),
         }
     }

@@ -166,6 +166,11 @@ impl Loader {
         self.inner.corrupt.news()
     }
 
+    /// How many images this loader has found not to decode, those that were read ahead among them.
+    pub fn corrupt_so_far(&self) -> usize {
+        self.inner.corrupt.count()
+    }
+
     /// The batch of `step`.
     ///
     /// # Errors

@@ -388,6 +388,7 @@ fn corrupt_images_are_passed_over_named_and_counted_up_to_a_limit() {
     assert_eq!(news.len(), 3);
     assert!(news[0].contains("3.png: cannot decode") && news[2].contains("9.png"), "{news:?}");
     assert!(passing.corrupt().is_empty(), "each is told once");
+    assert_eq!(passing.corrupt_so_far(), 3, "and counted for good");
 
     let error = message(loader(&dir, 2).batch_at(0));
     assert!(error.contains("3 images do not decode, and max_corrupt = 2"), "{error}");

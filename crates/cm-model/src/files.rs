@@ -11,10 +11,16 @@ use crate::{Error, Result};
 ///
 /// # Errors
 /// [`Error::Io`] with the path and the step that failed; the old file is then untouched.
-pub fn write_atomic(
-    path: &Path,
-    write: impl FnOnce(&mut BufWriter<&File>) -> std::io::Result<()>,
-) -> Result<()> {
+pub fn write_atomic(path: &Path, write: impl FnOnce(&mut BufWriter<&File>) -> io::Result<()>) -> Result<()> {
+    write_beside(path, write)?;
+    sync_folder(folder_of(path))
+}
+
+/// [`write_atomic`] without the last of its syncs, for many files of one folder: [`sync_folder`] belongs behind them.
+///
+/// # Errors
+/// As [`write_atomic`].
+pub fn write_beside(path: &Path, write: impl FnOnce(&mut BufWriter<&File>) -> io::Result<()>) -> Result<()> {
     let folder = folder_of(path);
     fs::create_dir_all(folder).map_err(|e| Error::io(folder, "creating the folder", e))?;
     let temp = named_temp(folder, path)?;
@@ -22,7 +28,7 @@ pub fn write_atomic(
     let written = write(&mut writer).and_then(|()| writer.flush());
     drop(writer);
     written.map_err(|e| Error::io(path, "writing", e))?;
-    persist(temp, path)
+    give_name(temp, path)
 }
 
 /// A temporary file in `folder` with the permissions that an ordinary new file would get.
@@ -39,9 +45,13 @@ pub(crate) fn named_temp(folder: &Path, path: &Path) -> Result<tempfile::NamedTe
 
 /// Syncs `temp` to the disk and gives it its name.
 pub(crate) fn persist(temp: tempfile::NamedTempFile, path: &Path) -> Result<()> {
-    temp.as_file().sync_all().map_err(|e| Error::io(path, "syncing to the disk", e))?;
-    temp.persist(path).map_err(|e| Error::io(path, "renaming into place", e.error))?;
+    give_name(temp, path)?;
     sync_folder(folder_of(path))
+}
+
+fn give_name(temp: tempfile::NamedTempFile, path: &Path) -> Result<()> {
+    temp.as_file().sync_all().map_err(|e| Error::io(path, "syncing to the disk", e))?;
+    temp.persist(path).map(drop).map_err(|e| Error::io(path, "renaming into place", e.error))
 }
 
 /// Makes a rename in `folder` durable.
@@ -53,75 +63,6 @@ pub fn sync_folder(folder: &Path) -> Result<()> {
     if cfg!(unix) { sync().map_err(|e| Error::io(folder, "syncing the folder", e)) } else { Ok(()) }
 }
 
-/// Takes what an encoder writes until writing fails, and then keeps the error and takes the rest as if all were well.
-///
-/// The writers of archives say less of an error than the system did, and speak up once more when they are dropped.
-#[derive(Debug)]
-pub struct UntilError<W> {
-    inner: W,
-    error: Option<io::Error>,
-    /// Place and length, as the encoder is to see them.
-    at: u64,
-    length: u64,
-}
-
-impl<W: Write + Seek> UntilError<W> {
-    /// From the beginning of `inner`.
-    pub fn new(inner: W) -> Self {
-        Self { inner, error: None, at: 0, length: 0 }
-    }
-
-    /// The first error.
-    ///
-    /// # Errors
-    /// That one.
-    pub fn finish(self) -> io::Result<()> {
-        self.error.map_or(Ok(()), Err)
-    }
-
-    /// Does `work` unless there was an error, and keeps the one that it returns.
-    fn unless_failed<T>(&mut self, work: impl FnOnce(&mut W) -> io::Result<T>) -> Option<T> {
-        if self.error.is_some() {
-            return None;
-        }
-        match work(&mut self.inner) {
-            Ok(done) => Some(done),
-            Err(error) => {
-                self.error = Some(error);
-                None
-            }
-        }
-    }
-}
-
-impl<W: Write + Seek> Write for UntilError<W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let written = self.unless_failed(|inner| inner.write_all(bytes).map(|()| bytes.len()));
-        let written = written.unwrap_or(bytes.len());
-        self.at += written as u64;
-        self.length = self.length.max(self.at);
-        Ok(written)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.unless_failed(Write::flush);
-        Ok(())
-    }
-}
-
-impl<W: Write + Seek> Seek for UntilError<W> {
-    fn seek(&mut self, place: SeekFrom) -> io::Result<u64> {
-        let seen = match place {
-            SeekFrom::Start(at) => Some(at),
-            SeekFrom::Current(by) => self.at.checked_add_signed(by),
-            SeekFrom::End(by) => self.length.checked_add_signed(by),
-        };
-        let seen = seen.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
-        self.at = self.unless_failed(|inner| inner.seek(place)).unwrap_or(seen);
-        Ok(self.at)
-    }
-}
-
 fn folder_of(path: &Path) -> &Path {
     match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
@@ -129,46 +70,56 @@ fn folder_of(path: &Path) -> &Path {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// A writer that fails once: behind its first error it takes everything and writes nothing.
+///
+/// It is for writers of archives that finish their file when they are dropped, and print to the terminal where that
+/// fails again. What they have written is thrown away then, as [`write_atomic`] does.
+#[derive(Debug)]
+pub struct FailsOnce<W> {
+    inner: W,
+    failed: bool,
+    /// Where the next byte goes, and where the last one went: who seeks must find that it all adds up.
+    at: u64,
+    end: u64,
+}
 
-    /// A disk that has room for so many bytes.
-    struct Small(io::Cursor<Vec<u8>>, u64);
-
-    impl Write for Small {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            match self.0.position() + bytes.len() as u64 <= self.1 {
-                true => self.0.write(bytes),
-                false => Err(io::Error::from_raw_os_error(28)),
-            }
-        }
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
+impl<W: Write + Seek> FailsOnce<W> {
+    /// Around a writer that stands at the beginning of an empty file.
+    pub fn new(inner: W) -> Self {
+        Self { inner, failed: false, at: 0, end: 0 }
     }
 
-    impl Seek for Small {
-        fn seek(&mut self, place: SeekFrom) -> io::Result<u64> {
-            self.0.seek(place)
-        }
+    fn note<T>(&mut self, result: io::Result<T>) -> io::Result<T> {
+        self.failed |= result.as_ref().is_err_and(|e| e.kind() != io::ErrorKind::Interrupted);
+        result
+    }
+}
+
+impl<W: Write + Seek> Write for FailsOnce<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = if self.failed { Ok(bytes.len()) } else { self.inner.write(bytes) };
+        let written = self.note(written)?;
+        self.at += written as u64;
+        self.end = self.end.max(self.at);
+        Ok(written)
     }
 
-    #[test]
-    fn the_first_error_is_the_one_that_is_reported() {
-        let write = |room: u64| {
-            let mut out = UntilError::new(Small(io::Cursor::default(), room));
-            out.write_all(b"0123456789").unwrap();
-            out.seek(SeekFrom::Start(2)).unwrap();
-            out.write_all(b"ab").unwrap();
-            assert_eq!(out.seek(SeekFrom::End(0)).unwrap(), 10);
-            assert_eq!(out.seek(SeekFrom::Current(-4)).unwrap(), 6);
-            out.flush().unwrap();
-            out
+    fn flush(&mut self) -> io::Result<()> {
+        let flushed = if self.failed { Ok(()) } else { self.inner.flush() };
+        self.note(flushed)
+    }
+}
+
+impl<W: Write + Seek> Seek for FailsOnce<W> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let place = match to {
+            SeekFrom::Start(at) => Some(at),
+            SeekFrom::Current(by) => self.at.checked_add_signed(by),
+            SeekFrom::End(by) => self.end.checked_add_signed(by),
         };
-        let whole = write(10);
-        assert_eq!(whole.inner.0.get_ref(), b"01ab456789");
-        whole.finish().unwrap();
-        assert_eq!(write(9).finish().unwrap_err().raw_os_error(), Some(28));
+        let place = place.ok_or(io::ErrorKind::InvalidInput)?;
+        let sought = if self.failed { Ok(place) } else { self.inner.seek(SeekFrom::Start(place)) };
+        self.at = self.note(sought)?;
+        Ok(self.at)
     }
 }

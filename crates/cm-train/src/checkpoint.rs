@@ -1,8 +1,8 @@
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{BufReader, Read, Write};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cm_model::{files, short, short_to};
 use serde::{Deserialize, Serialize};
@@ -87,18 +87,27 @@ pub struct Broken {
 ///
 /// A checkpoint is written under a hidden name, synced to the disk and renamed, so that a folder with its final name
 /// was whole when it got it. What happened to it later (a disk error, a partial copy, a stray deletion) is found by
-/// sizes and checksums.
+/// sizes and checksums, and the folder is kept beside its place (`step-00001000.damaged`) when the run comes to that
+/// step again.
 #[derive(Debug, Clone)]
 pub struct Checkpoints {
     root: PathBuf,
-    /// Steps whose files were compared with their checksums, or written, through this value or a clone of it.
-    checked: Arc<Mutex<BTreeSet<u64>>>,
+    known: Arc<Mutex<Known>>,
+}
+
+/// What a process has found out about the checkpoints of a run: reading gigabytes to prune is worth it once.
+#[derive(Debug, Default)]
+struct Known {
+    /// Whether the checkpoint of a step was whole when this process wrote or read it.
+    whole: BTreeMap<u64, bool>,
+    /// Where damaged ones were put and nobody has been told of yet.
+    set_aside: Vec<PathBuf>,
 }
 
 impl Checkpoints {
     /// The checkpoints of the run in `run_folder`.
     pub fn of_run(run_folder: &Path) -> Self {
-        Self { root: run_folder.join("checkpoints"), checked: Arc::default() }
+        Self { root: run_folder.join("checkpoints"), known: Arc::default() }
     }
 
     /// The folder of the checkpoint of `step`.
@@ -132,11 +141,7 @@ impl Checkpoints {
     pub fn newest_whole(&self) -> Result<(Option<Checkpoint>, Vec<Broken>)> {
         let mut broken = Vec::new();
         for step in self.steps()?.into_iter().rev() {
-            match Checkpoint::open(&self.path(step)) {
-                Ok(checkpoint) if checkpoint.state.step != step => {
-                    let problem = format!("{STATE_FILE} is of step {}", checkpoint.state.step);
-                    broken.push(Broken { path: checkpoint.path, problem });
-                }
+            match self.open(step) {
                 Ok(checkpoint) => return Ok((Some(checkpoint), broken)),
                 Err(Error::Checkpoint { path, problem }) => broken.push(Broken { path, problem }),
                 Err(other) => return Err(other),
@@ -145,13 +150,28 @@ impl Checkpoints {
         Ok((None, broken))
     }
 
+    /// Opens the checkpoint of `step` with all its checksums, and remembers how that went.
+    fn open(&self, step: u64) -> Result<Checkpoint> {
+        let opened = Checkpoint::open(&self.path(step)).and_then(|checkpoint| match checkpoint.state.step {
+            same if same == step => Ok(checkpoint),
+            other => Err(Error::checkpoint(checkpoint.path, format!("{STATE_FILE} is of step {other}"))),
+        });
+        self.known().whole.insert(step, opened.is_ok());
+        opened
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        // What is in there is whole between any two statements.
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Writes the checkpoint of `step`: `write` puts the files into the folder that it is given, and they are listed
-    /// in `state.json`, synced and moved into place as one. A whole checkpoint of that step stays as it is; a broken
-    /// one is replaced.
+    /// in `state.json`, synced and moved into place as one. A whole checkpoint of that step, by its checksums, stays as
+    /// it is; a damaged one is set aside ([`take_set_aside`](Self::take_set_aside)).
     ///
     /// # Errors
-    /// [`Error::Io`] or what `write` returns; the folder of that step is then as it was, or, where only the last sync or
-    /// the removal of what was replaced fails, the new one, which may not be on the disk yet.
+    /// [`Error::Io`] or what `write` returns; the folder of that step is then as it was, or, where only the last sync
+    /// fails, the new one, which may not be on the disk yet.
     pub fn save(
         &self,
         step: u64,
@@ -159,11 +179,18 @@ impl Checkpoints {
         train: &TrainSpec,
         write: impl FnOnce(&Path) -> Result<()>,
     ) -> Result<PathBuf> {
-        let place = self.path(step);
-        if self.has(step) {
-            return Ok(place);
-        }
-        let temp = self.hidden(step, "partial");
+        if self.has(step) { Ok(self.path(step)) } else { self.replace(step, images, train, write) }
+    }
+
+    /// [`save`](Self::save), whatever is there.
+    pub(crate) fn replace(
+        &self,
+        step: u64,
+        images: u64,
+        train: &TrainSpec,
+        write: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<PathBuf> {
+        let (place, temp) = (self.path(step), self.hidden(step, "partial"));
         remove_tree(&temp)?;
         fs::create_dir_all(&temp).map_err(|e| Error::io(&temp, "creating the folder", e))?;
         let written = write(&temp).and_then(|()| {
@@ -172,64 +199,81 @@ impl Checkpoints {
                 .map_err(|e| Error::checkpoint(&temp, format!("{STATE_FILE} cannot be written: {e}")))?;
             files::write_atomic(&temp.join(STATE_FILE), |out| out.write_all(&json))?;
             files::sync_folder(&temp)?;
-            self.set_aside(step)?;
-            fs::rename(&temp, &place).map_err(|e| {
-                self.put_back(step);
-                Error::io(&place, "renaming into place", e)
-            })
+            self.move_in(step, &temp)
         });
         if let Err(error) = written {
             // The cause is what the caller has to know; a leftover folder is removed by the next save.
             let _ = remove_tree(&temp);
             return Err(error);
         }
-        // Its checksums are of what was read back.
-        self.checked().insert(step);
         files::sync_folder(&self.root)?;
-        remove_tree(&self.hidden(step, "old"))?;
+        self.known().whole.insert(step, true);
         Ok(place)
     }
 
-    /// Whether the checkpoint of `step` is there and whole. Its contents are read once.
-    pub(crate) fn has(&self, step: u64) -> bool {
-        let path = self.path(step);
-        if !Checkpoint::looks_whole(&path) {
-            return false;
+    /// Gives the finished folder `temp` its name. What has that name is damaged and all that is left of something, so
+    /// that it is kept under another one.
+    fn move_in(&self, step: u64, temp: &Path) -> Result<()> {
+        let place = self.path(step);
+        let aside = place.exists().then(|| self.free_name(step));
+        if let Some(aside) = &aside {
+            fs::rename(&place, aside).map_err(|e| Error::io(&place, "moving aside", e))?;
         }
-        let is_whole = self.checked().contains(&step)
-            || Checkpoint::open(&path).is_ok_and(|checkpoint| checkpoint.state.step == step);
-        if is_whole {
-            self.checked().insert(step);
-        }
-        is_whole
+        fs::rename(temp, &place).map_err(|e| {
+            // A failure stays hidden behind the one that led here.
+            aside.iter().for_each(|aside| drop(fs::rename(aside, &place)));
+            Error::io(&place, "renaming into place", e)
+        })?;
+        self.known().set_aside.extend(aside);
+        Ok(())
     }
 
-    fn checked(&self) -> std::sync::MutexGuard<'_, BTreeSet<u64>> {
-        // A set of numbers: a panic leaves nothing half-done.
-        self.checked.lock().unwrap_or_else(PoisonError::into_inner)
+    /// A name for a damaged checkpoint of `step` that nothing has.
+    fn free_name(&self, step: u64) -> PathBuf {
+        let name = |n: u32| match n {
+            1 => self.root.join(format!("step-{step:08}.damaged")),
+            n => self.root.join(format!("step-{step:08}.damaged-{n}")),
+        };
+        (1..).map(name).find(|path| !path.exists()).unwrap_or_else(|| name(u32::MAX))
+    }
+
+    /// Where damaged checkpoints were put since this was last asked, for their steps to be written anew. They are never
+    /// read and never removed: the caller should say so.
+    pub fn take_set_aside(&self) -> Vec<PathBuf> {
+        std::mem::take(&mut self.known().set_aside)
+    }
+
+    /// Whether the checkpoint of `step` is there and whole, by its checksums.
+    pub(crate) fn has(&self, step: u64) -> bool {
+        self.path(step).exists() && self.open(step).is_ok()
+    }
+
+    /// Whether the checkpoint of `step` is one that a run can go on from: its checksums are compared once, its lengths
+    /// each time.
+    fn is_sound(&self, step: u64) -> bool {
+        let known = self.known().whole.get(&step).copied();
+        Checkpoint::looks_whole(&self.path(step)) && known.unwrap_or_else(|| self.open(step).is_ok())
     }
 
     /// Removes old checkpoints, and what a killed run left behind half-written or half-removed.
     ///
-    /// Folders that are not whole are neither counted nor removed: they may be all that is left of something, and
-    /// the newest whole checkpoint always stays. Of those that stay, the contents are read, each once.
+    /// Those that are kept are counted by their checksums, so that a damaged one never stands for a whole one that is
+    /// removed. Folders that are not whole are neither counted nor, but for damaged contents among old ones, removed:
+    /// they may be all that is left of something. The newest whole checkpoint always stays.
     ///
     /// # Errors
     /// [`Error::Io`] if a folder cannot be read or removed.
     pub fn prune(&self, keep: Keep) -> Result<Vec<PathBuf>> {
-        let mut steps = self.steps()?;
-        let mut staying = keep.last.max(1);
-        while staying > 0
-            && let Some(step) = steps.pop()
-        {
-            staying -= usize::from(self.has(step));
-        }
+        let mut newest_first = self.steps()?.into_iter().rev();
+        // Where fewer are sound than are to stay, this comes to the end of them.
+        newest_first.by_ref().filter(|&step| self.is_sound(step)).take(keep.last.max(1)).for_each(drop);
+        let mut old: Vec<u64> =
+            newest_first.filter(|&step| Checkpoint::looks_whole(&self.path(step))).collect();
+        old.reverse();
         let is_milestone = |step: u64| keep.milestone_every > 0 && step.is_multiple_of(keep.milestone_every);
-        let is_old = |step: u64| !is_milestone(step) && Checkpoint::looks_whole(&self.path(step));
         let mut removed = Vec::new();
-        for step in steps.into_iter().filter(|&step| is_old(step)) {
-            self.set_aside(step)?;
-            self.checked().remove(&step);
+        for &step in old.iter().filter(|&&step| !is_milestone(step)) {
+            self.hide(step)?;
             remove_tree(&self.hidden(step, "old"))?;
             removed.push(self.path(step));
         }
@@ -239,19 +283,13 @@ impl Checkpoints {
 
     /// Moves the folder of `step`, if there is one, to its hidden name, so that a removal that is interrupted leaves
     /// nothing behind that looks like a checkpoint.
-    fn set_aside(&self, step: u64) -> Result<()> {
+    fn hide(&self, step: u64) -> Result<()> {
         let (place, old) = (self.path(step), self.hidden(step, "old"));
         if place.exists() {
             remove_tree(&old)?;
             fs::rename(&place, &old).map_err(|e| Error::io(&place, "moving aside", e))?;
         }
         Ok(())
-    }
-
-    /// Undoes [`set_aside`](Self::set_aside) if it can.
-    fn put_back(&self, step: u64) {
-        // A failure stays hidden behind the one that led here.
-        let _ = fs::rename(self.hidden(step, "old"), self.path(step));
     }
 
     fn remove_leftovers(&self) -> Result<()> {

@@ -43,6 +43,8 @@ pub struct LogEntry {
     pub mu: Option<f64>,
     /// Mean loss by noise level.
     pub by_sigma: Vec<SigmaBin>,
+    /// Images that this session of the run has found not to decode, and passed over.
+    pub passed_over: u64,
     /// Speed since the last entry.
     pub images_per_second: f64,
     /// Time since this session of the run began.
@@ -91,12 +93,12 @@ impl Logs {
         self.window.add(report);
     }
 
-    /// Writes the averages since the last call, or nothing if there was no step.
-    pub(crate) fn write(&mut self, last: &StepReport) -> Result<Option<LogEntry>> {
+    /// Writes the averages since the last call, and how many images were passed over, or nothing if there was no step.
+    pub(crate) fn write(&mut self, last: &StepReport, passed_over: u64) -> Result<Option<LogEntry>> {
         if self.window.steps == 0 {
             return Ok(None);
         }
-        let entry = std::mem::replace(&mut self.window, Window::new()).entry(last, self.began);
+        let entry = std::mem::replace(&mut self.window, Window::new()).entry(last, passed_over, self.began);
         let optional = |value: Option<String>| value.unwrap_or_default();
         self.progress.line(&format!(
             "{},{},{},{},{},{},{},{:.2},{:.2}",
@@ -209,7 +211,7 @@ impl Window {
         }
     }
 
-    fn entry(self, last: &StepReport, began: Instant) -> LogEntry {
+    fn entry(self, last: &StepReport, passed_over: u64, began: Instant) -> LogEntry {
         let steps = self.steps as f64;
         let edges = SIGMA_EDGES.into_iter().map(Some).chain([None]);
         let by_sigma = edges.zip(self.bins).map(|(sigma_below, (sum, images))| {
@@ -228,6 +230,7 @@ impl Window {
             stage: last.stage,
             mu: last.mu,
             by_sigma: by_sigma.collect(),
+            passed_over,
             images_per_second: self.images as f64 / self.began.elapsed().as_secs_f64().max(1e-9),
             seconds: began.elapsed().as_secs_f64(),
         }
@@ -296,7 +299,7 @@ mod tests {
         let mut logs = Logs::open(folder, from).unwrap();
         for step in from + 1..=to {
             logs.add(&report(step, 1.0));
-            assert!(logs.write(&report(step, 1.0)).unwrap().is_some());
+            assert!(logs.write(&report(step, 1.0), 0).unwrap().is_some());
         }
     }
 
@@ -311,15 +314,16 @@ mod tests {
         let mut logs = Logs::open(folder.path(), 0).unwrap();
         logs.add(&report(1, 1.0));
         logs.add(&report(2, 4.0));
-        let entry = logs.write(&report(2, 4.0)).unwrap().unwrap();
+        let entry = logs.write(&report(2, 4.0), 7).unwrap().unwrap();
         assert_eq!((entry.step, entry.loss, entry.grad_norm, entry.grad_norm_max), (2, 2.5, 1.5, 2.0));
         assert_eq!(entry.by_sigma[0], SigmaBin { sigma_below: Some(0.02), loss: Some(2.5), images: 2 });
         assert_eq!(entry.by_sigma[1].loss, None);
         assert_eq!(entry.by_sigma[4], SigmaBin { sigma_below: None, loss: Some(2.5), images: 2 });
-        assert!(logs.write(&report(2, 4.0)).unwrap().is_none());
+        assert!(logs.write(&report(2, 4.0), 7).unwrap().is_none());
         let text = fs::read_to_string(folder.path().join(STATS_FILE)).unwrap();
         let json: serde_json::Value = serde_json::from_str(text.trim_end()).unwrap();
         assert_eq!((json["step"].as_u64(), json["loss"].as_f64()), (Some(2), Some(2.5)));
+        assert_eq!(json["passed_over"].as_u64(), Some(7));
     }
 
     #[test]

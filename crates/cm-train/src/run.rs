@@ -57,6 +57,11 @@ pub trait BatchSource {
     /// # Errors
     /// Whatever keeps the source from making it.
     fn batch(&mut self, step: u64) -> std::result::Result<Batch, BoxError>;
+
+    /// How many images of the data it has passed over so far because they do not decode, for the log.
+    fn passed_over(&self) -> u64 {
+        0
+    }
 }
 
 impl<F: FnMut(u64) -> std::result::Result<Batch, BoxError>> BatchSource for F {
@@ -75,6 +80,9 @@ pub trait Observer<M> {
 
     /// After a checkpoint was written.
     fn on_checkpoint(&mut self, _folder: &Path, _step: u64) {}
+
+    /// After a damaged checkpoint whose step was written anew was kept as `folder`: the user should be told.
+    fn on_set_aside(&mut self, _folder: &Path) {}
 
     /// When samples are due: every `sample_every` steps and at the end. [`Trainer::student`] has the raw weights,
     /// [`Trainer::with_ema`] lends it with averaged ones.
@@ -185,7 +193,7 @@ pub fn run<M: Trainable>(
         if let Some(logs) = &mut logs {
             logs.add(&report);
             if due(session.spec.log_every) {
-                logs.write(&report)?.iter().for_each(|entry| observer.on_log(entry));
+                logs.write(&report, source.passed_over())?.iter().for_each(|entry| observer.on_log(entry));
             }
         }
         let group = trainer.group.clone();
@@ -203,7 +211,7 @@ pub fn run<M: Trainable>(
     if let Some(report) = last_report.filter(|report| last_saved != Some(report.step)) {
         let _busy = trainer.group().filter(|group| group.is_first()).map(ProcessGroup::busy);
         if let Some(logs) = &mut logs {
-            logs.write(&report)?.iter().for_each(|entry| observer.on_log(entry));
+            logs.write(&report, source.passed_over())?.iter().for_each(|entry| observer.on_log(entry));
         }
         save(trainer, &checkpoints, session, observer)?;
     }
@@ -224,6 +232,7 @@ fn save<M: Trainable>(
     if !trainer.writes() {
         return Ok(());
     }
+    checkpoints.take_set_aside().iter().for_each(|folder| observer.on_set_aside(folder));
     checkpoints.prune(session.spec.keep())?;
     observer.on_checkpoint(&folder, trainer.steps_done());
     Ok(())

@@ -46,6 +46,9 @@ impl<M: Trainable> Trainer<M> {
                 self.whole_moments()?;
                 return Ok(checkpoints.path(self.steps_done()));
             }
+            // All ranks have been told that it is written: it must not be looked at again.
+            let write = |folder: &Path| self.write_files(folder, metadata);
+            return checkpoints.replace(self.steps_done(), self.images_seen(), self.spec(), write);
         }
         checkpoints.save(self.steps_done(), self.images_seen(), self.spec(), |folder| {
             self.write_files(folder, metadata)

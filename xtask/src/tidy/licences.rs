@@ -1,5 +1,6 @@
 //! What the project depends on, held against deny.toml: licences, sources and bans.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -15,6 +16,33 @@ const REGISTRY: &str = "registry+https://github.com/rust-lang/crates.io-index";
 pub fn check(root: &Path, metadata: &Value) -> Result<Vec<String>> {
     let rules = Rules::parse(&std::fs::read_to_string(root.join("deny.toml")).context("deny.toml")?)?;
     Ok(list(metadata, "packages")?.iter().flat_map(|package| rules.breaches(package)).collect())
+}
+
+/// What the fuzzer alone depends on, with its licence: it has a lock file of its own, and asking cargo about that would
+/// fetch packages that nothing here builds.
+const OF_THE_FUZZER: &[(&str, &str)] = &[("libfuzzer-sys", "(MIT OR Apache-2.0) AND NCSA")];
+
+/// The same for the fuzzer's lock file. Its packages are those of the workspace, whose licences [`check`] has seen, if in
+/// other versions, and [`OF_THE_FUZZER`].
+pub fn check_fuzzer(root: &Path) -> Result<Vec<String>> {
+    let read = |name: &str| std::fs::read_to_string(root.join(name)).with_context(|| name.to_owned());
+    let rules = Rules::parse(&read("deny.toml")?)?;
+    let known = locked(&read("Cargo.lock")?)?.into_iter().map(|(name, _)| name).collect();
+    Ok(rules.breaches_of_lock(&locked(&read("fuzz/Cargo.lock")?)?, &known))
+}
+
+/// Names and sources of the packages of a lock file.
+fn locked(text: &str) -> Result<Vec<(String, Option<String>)>> {
+    let table: toml::Table = text.parse().context("a lock file")?;
+    let packages =
+        table.get("package").and_then(toml::Value::as_array).context("a lock file without packages")?;
+    let text = |package: &toml::Value, key: &str| package.get(key)?.as_str().map(str::to_owned);
+    packages
+        .iter()
+        .map(|package| {
+            Ok((text(package, "name").context("a package without a name")?, text(package, "source")))
+        })
+        .collect()
 }
 
 struct Rules {
@@ -36,6 +64,33 @@ impl Rules {
             licences: items("licenses", "allow")?.iter().filter_map(text).collect(),
             bans: items("bans", "deny")?.iter().filter_map(name).collect(),
         })
+    }
+
+    fn breaches_of_lock(
+        &self,
+        packages: &[(String, Option<String>)],
+        known: &BTreeSet<String>,
+    ) -> Vec<String> {
+        let mut breaches = Vec::new();
+        for (name, source) in packages {
+            let licence = OF_THE_FUZZER.iter().find(|(other, _)| other == name).map(|(_, licence)| *licence);
+            // Crates of the project have no source.
+            let ours = source.is_none();
+            let known = known.contains(name) || ours || licence.is_some_and(|l| allows(l, &self.licences));
+            if !known {
+                breaches.push(format!(
+                    "fuzz/Cargo.lock: {name} is no package of the workspace, and its licence is not known as one that \
+                     deny.toml allows (xtask/src/tidy/licences.rs)"
+                ));
+            }
+            if self.bans.contains(name) {
+                breaches.push(format!("fuzz/Cargo.lock: {name} is banned by deny.toml"));
+            }
+            if let Some(source) = source.as_ref().filter(|source| *source != REGISTRY) {
+                breaches.push(format!("fuzz/Cargo.lock: {name} comes from {source}, not from crates.io"));
+            }
+        }
+        breaches
     }
 
     fn breaches(&self, package: &Value) -> Vec<String> {
@@ -115,6 +170,30 @@ mod tests {
         assert!(breaches("a", Some("AGPL-3.0"), None)[0].contains("AGPL-3.0"));
         assert!(breaches("a", None, None)[0].contains("no licence"));
         assert!(breaches("a", Some("MIT"), Some("git+https://example.org/a"))[0].contains("example.org"));
+    }
+
+    #[test]
+    fn the_fuzzers_packages_are_held_against_the_rules() {
+        let lock = |name: &str, source: &str| {
+            let text = format!(
+                "version = 4\n[[package]]\nname = \"{name}\"\nversion = \"1.0.0\"\nsource = \"{source}\"\n"
+            );
+            locked(&text).unwrap()
+        };
+        let known = BTreeSet::from(["zip".to_owned(), "evil".to_owned()]);
+        let breaches = |toml: &str, name: &str, source: &str| {
+            Rules::parse(toml).unwrap().breaches_of_lock(&lock(name, source), &known)
+        };
+        assert!(breaches(TOML, "zip", REGISTRY).is_empty());
+        assert!(breaches(TOML, "unheard-of", REGISTRY)[0].contains("licence"));
+        assert!(
+            breaches(TOML, "libfuzzer-sys", REGISTRY)[0].contains("licence"),
+            "NCSA is not allowed there"
+        );
+        assert!(breaches(&TOML.replace("ISC", "NCSA"), "libfuzzer-sys", REGISTRY).is_empty());
+        assert!(breaches(TOML, "evil", REGISTRY)[0].contains("banned"));
+        assert!(breaches(TOML, "zip", "git+https://example.org/zip")[0].contains("example.org"));
+        assert!(locked("version = 4").is_err());
     }
 
     #[test]

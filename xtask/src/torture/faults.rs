@@ -14,7 +14,7 @@ use super::runs::{Done, Running, Runs, STEPS, checkpoints, newest_step, steps};
 type Fault = fn(&Runs) -> Result<Outcome>;
 
 /// All of them, by the names of the table.
-pub const FAULTS: [(&str, Fault); 12] = [
+pub const FAULTS: [(&str, Fault); 13] = [
     ("full disk", full_disk),
     ("size limit", size_limit),
     ("write errors", super::injected::write_errors),
@@ -24,6 +24,7 @@ pub const FAULTS: [(&str, Fault); 12] = [
     ("two processes", two_processes),
     ("two hosts", super::hosts::hosts),
     ("clock jumps", clock_jumps),
+    ("turned clock", super::injected::turned_clock),
     ("explosion", explosion),
     ("out of memory", out_of_memory),
     ("damaged bytes", damaged_bytes),
@@ -278,9 +279,13 @@ fn damaged_bytes(runs: &Runs) -> Result<Outcome> {
         ensure!(done.stderr.contains("passed over"), "{file}: nothing was said: {}", done.stderr);
         let from = resumed_at(&done.stderr).context("it was not resumed")?;
         ensure!(from < newest && all.contains(&from), "{file}: resumed at {from}");
+        let aside = runs.folder("bits").join(format!("{folder}.damaged"));
+        ensure!(aside.is_dir() && done.stderr.contains("is kept as"), "{file}: {}", done.stderr);
+        runs.check_whole("bits")?;
     }
     Ok(Outcome::Held(format!(
-        "a bit in each of {} files: the checkpoint before is taken, with a warning, to the same bytes",
+        "a bit in each of {} files: the one before is taken, with a warning, to the same bytes; the damaged one is written anew \
+         and kept beside",
         files.len()
     )))
 }

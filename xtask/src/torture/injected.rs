@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::faults::{copy, resumed_at};
 use super::report::Outcome;
-use super::runs::{Done, Runs, newest_step};
+use super::runs::{Done, Runs, WHOLE, newest_step};
 use crate::tools;
 
 /// An error of the system: its number on Linux, its text, and whether it stays for later calls.
@@ -25,9 +25,11 @@ struct Error {
 const EIO: Error = Error { number: 5, text: "Input/output error", stays: false };
 /// A quota that is used up.
 const EDQUOT: Error = Error { number: 122, text: "Disk quota exceeded", stays: true };
+/// A disk that is full.
+const ENOSPC: Error = Error { number: 28, text: "No space left on device", stays: true };
 
 /// What fails in writing.
-const WRITING: [(&str, Error); 8] = [
+const WRITING: [(&str, Error); 9] = [
     ("write", EIO),
     ("fsync", EIO),
     ("rename", EIO),
@@ -36,6 +38,7 @@ const WRITING: [(&str, Error); 8] = [
     ("mkdir", EIO),
     ("create", EDQUOT),
     ("mkdir", EDQUOT),
+    ("unlink", EIO),
 ];
 /// How many of them the quick suite tries.
 const QUICK: usize = 4;
@@ -137,8 +140,10 @@ pub fn write_errors(runs: &Runs) -> Result<Outcome> {
             tried += 1;
         }
     }
+    let samples = unwritten_samples(runs, &object)?;
     Ok(Outcome::Held(format!(
-        "{tried} calls of {} kinds fail in turn: one line, nothing half-written, and going on ends in the same bytes",
+        "{tried} calls of {} kinds fail in turn: one line, nothing half-written, and going on ends in the same bytes; the \
+         disk is full at {samples} writes of samples: one line with the file",
         if runs.quick { QUICK } else { WRITING.len() }
     )))
 }
@@ -161,6 +166,85 @@ fn fails_and_goes_on(runs: &Runs, object: &Object, fault: Fault) -> Result<()> {
     ensure!(resumed_at(&again.stderr) == saved, "saved was {saved:?}: {}", again.stderr);
     ensure!(!again.stderr.contains("WARNING"), "{}", again.stderr);
     runs.same_as_whole(NAME)
+}
+
+/// Draws pictures, a grid and an npz into the folder `drawn`, which is a new one.
+fn draw(runs: &Runs) -> Command {
+    drop(fs::remove_dir_all(runs.folder(DRAWN)));
+    runs.cm(&format!("sample {WHOLE} --device cpu --seeds 0-3 --out {DRAWN}"))
+}
+
+const DRAWN: &str = "drawn";
+
+/// A disk that is full while samples are written, an npz among them.
+fn unwritten_samples(runs: &Runs, object: &Object) -> Result<usize> {
+    let calm = object.run(runs, draw(runs), DRAWN, Fault::NONE)?;
+    ensure!(calm.done.code == Some(0), "{}", calm.done.last_line());
+    let count = calm.calls.get("write").copied().unwrap_or(0);
+    // An npz goes to the disk in several: they are few, and all of them are tried.
+    let places = if runs.quick { vec![count] } else { (1..=count).collect() };
+    for &at in &places {
+        let fault = Fault { call: "write", at, error: ENOSPC };
+        let Watched { done, failed, .. } = object.run(runs, draw(runs), DRAWN, fault)?;
+        let check = || -> Result<()> {
+            ensure!(failed.is_some(), "the call was not made");
+            done.fails(1, &[DRAWN, ENOSPC.text])?;
+            ensure!(!done.stderr.contains("ZipWriter"), "{}", done.stderr);
+            runs.nothing_half_written(DRAWN)
+        };
+        check().with_context(|| format!("samples: write {at} of {count}"))?;
+    }
+    Ok(places.len())
+}
+
+/// The time of day is turned while a run looks at it: nothing is decided by it.
+pub fn turned_clock(runs: &Runs) -> Result<Outcome> {
+    const NAME: &str = "turned";
+    const DAY: i64 = 24 * 3600;
+    let object = match Object::make(runs)? {
+        Ok(object) => object,
+        Err(left_out) => return Ok(left_out),
+    };
+    let turned = |mut command: Command, by: i64, behind: u64| {
+        command.env("CM_FAULT_CLOCK", by.to_string()).env("CM_FAULT_CLOCK_AT", behind.to_string());
+        object.run(runs, command, NAME, Fault::NONE)
+    };
+    let looks = |watched: &Watched| watched.calls.get("clock").copied().unwrap_or(0);
+    let calm = looks(&turned(runs.train(NAME), 0, 0)?);
+    ensure!(calm > 10, "a run looks at the clock {calm} times");
+    for by in [-DAY, 365 * DAY] {
+        let check = || -> Result<()> {
+            drop(fs::remove_dir_all(runs.folder(NAME)));
+            let begun = turned(runs.train(NAME), by, calm / 2)?;
+            ensure!(begun.done.code == Some(0), "{}", begun.done.last_line());
+            ensure!(looks(&begun) > calm / 2, "it was not turned");
+            runs.same_as_whole(NAME)?;
+            times_grow(&runs.folder(NAME).join("progress.csv"))?;
+            // And one that goes on with files of another time than its own.
+            drop(fs::remove_dir_all(runs.folder(NAME)));
+            runs.interrupted(NAME)?;
+            let resumed = turned(runs.resume(NAME), by, 0)?;
+            ensure!(resumed.done.code == Some(0), "{}", resumed.done.last_line());
+            ensure!(resumed_at(&resumed.done.stderr).is_some(), "{}", resumed.done.stderr);
+            ensure!(!resumed.done.stderr.contains("WARNING"), "{}", resumed.done.stderr);
+            runs.same_as_whole(NAME)
+        };
+        check().with_context(|| format!("turned by {by} s"))?;
+    }
+    Ok(Outcome::Held(
+        "turned a day back and a year ahead, in a run and before it goes on: the same bytes, times that grow"
+            .to_owned(),
+    ))
+}
+
+/// Asserts that the seconds in a log, its last column, go up and stay far below what a clock was turned by.
+fn times_grow(log: &Path) -> Result<()> {
+    let text = fs::read_to_string(log).with_context(|| log.display().to_string())?;
+    let seconds = |row: &str| row.rsplit(',').next().unwrap_or_default().parse::<f64>();
+    let times: Vec<f64> = text.lines().skip(1).map(seconds).collect::<std::result::Result<_, _>>()?;
+    ensure!(!times.is_empty() && times.is_sorted(), "times in the log: {times:?}");
+    ensure!(times.iter().all(|time| (0.0..3600.0).contains(time)), "times in the log: {times:?}");
+    Ok(())
 }
 
 /// Errors while a run reads: its checkpoints, and its data.
@@ -205,27 +289,41 @@ fn unread_checkpoints(runs: &Runs, object: &Object) -> Result<usize> {
     Ok(tried)
 }
 
+/// Data that cannot be read: shards, read while the run goes on, and an npz, read before it begins.
 fn unread_data(runs: &Runs, object: &Object) -> Result<usize> {
-    let data = runs.folder("shards");
-    fs::create_dir_all(&data)?;
-    write_npy(&data.join("images.npy"), 64)?;
+    fs::create_dir_all(runs.folder("shards"))?;
+    write_npy(&runs.folder("shards").join("images.npy"), 64)?;
+    let shards = unread(runs, object, "shards", "images.npy", ["data.kind=shards", "data.path=shards"])?;
+    let drawn = runs.finish(&mut draw(runs))?;
+    ensure!(drawn.code == Some(0), "{}", drawn.last_line());
+    let names = fs::read_dir(runs.folder(DRAWN))?.flatten().map(|entry| entry.file_name());
+    let npz = names.map(|name| name.to_string_lossy().into_owned()).find(|name| name.ends_with(".npz"));
+    let npz = npz.context("no npz was written")?;
+    let path = format!("data.path={DRAWN}/{npz}");
+    Ok(shards + unread(runs, object, DRAWN, &npz, ["data.kind=npz", &path])?)
+}
+
+/// Trains on the `file` in `folder`, each of some of whose reads fails once.
+fn unread(runs: &Runs, object: &Object, folder: &str, file: &str, sets: [&str; 2]) -> Result<usize> {
     let train = || {
         let mut command = runs.train("starved");
-        command.args(["--set", "data.kind=shards", "--set", "data.path=shards"]);
+        command.args(sets.iter().flat_map(|set| ["--set", set]));
         command
     };
-    let calm = object.run(runs, train(), "shards", Fault::NONE)?;
+    let fresh = || drop(fs::remove_dir_all(runs.folder("starved")));
+    fresh();
+    let calm = object.run(runs, train(), folder, Fault::NONE)?;
     ensure!(calm.done.code == Some(0), "{}", calm.done.last_line());
     let count = calm.calls.get("read").copied().unwrap_or(0);
-    ensure!(count > 100, "{count} reads of the data");
+    ensure!(count > 0, "no read of {folder}/{file}");
     let mut tried = 0;
     for at in places(count, runs.quick) {
-        drop(fs::remove_dir_all(runs.folder("starved")));
+        fresh();
         let fault = Fault { call: "read", at, error: EIO };
-        let Watched { done, failed, .. } = object.run(runs, train(), "shards", fault)?;
+        let Watched { done, failed, .. } = object.run(runs, train(), folder, fault)?;
         ensure!(failed.is_some(), "read {at} of {count} was not made");
         let code = if newest_step(&runs.folder("starved")).is_none() && done.code == Some(2) { 2 } else { 1 };
-        done.fails(code, &["shards/images.npy", EIO.text])
+        done.fails(code, &[&format!("cannot read {folder}/{file}"), EIO.text])
             .with_context(|| format!("read {at} of {count}"))?;
         runs.check_whole("starved")?;
         let again = runs.finish(&mut train())?;
@@ -261,6 +359,17 @@ mod tests {
         assert_eq!(places(1, false), [1]);
         assert_eq!(places(100, true), [40]);
         assert!(places(0, false).is_empty());
+    }
+
+    #[test]
+    fn times_of_a_log_that_jump_are_noticed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("progress.csv");
+        for (times, holds) in [("1.5\n2.5", true), ("2.5\n1.5", false), ("1.5\n86401", false), ("", false)] {
+            let rows = times.lines().map(|time| format!("1,{time}\n"));
+            fs::write(&path, format!("step,seconds\n{}", rows.collect::<String>())).unwrap();
+            assert_eq!(times_grow(&path).is_ok(), holds, "{times}");
+        }
     }
 
     #[test]

@@ -15,7 +15,7 @@ pub const STEPS: u64 = 30;
 /// The experiment, in the folder of the runs.
 const CONFIG: &str = "tiny.toml";
 /// The run that nothing befalls.
-const WHOLE: &str = "whole";
+pub const WHOLE: &str = "whole";
 /// Longest time that one command may take.
 const PATIENCE: Duration = Duration::from_secs(120);
 

@@ -86,6 +86,10 @@ impl BatchSource for Batches {
         let (images, parameters) = augment.apply_rows(&images, &draws, self.rows.clone())?;
         Ok(Batch { images, cond: Cond { labels, augment: Some(parameters) } })
     }
+
+    fn passed_over(&self) -> u64 {
+        self.loader.corrupt_so_far() as u64
+    }
 }
 
 #[cfg(test)]

@@ -12,8 +12,8 @@ use cm_net::ModelSpec;
 use cm_sampler::Request;
 use cm_torch::device::{DeviceSpec, Resolved};
 use cm_train::{
-    BoxError, Ending, EventFile, Networks, Observer, RankLog, Session, StepReport, Trainable, Trainer,
-    Weights,
+    BatchSource, BoxError, Ending, EventFile, Networks, Observer, RankLog, Session, StepReport, Trainable,
+    Trainer, Weights,
 };
 use tch::{Device, Tensor};
 
@@ -122,6 +122,11 @@ impl Run<'_> {
             Session { folder: self.folder, spec: &self.experiment.run, stop: self.stop, metadata: &metadata };
         let ending = cm_train::run(trainer, &mut source, &session, view);
         view.finish();
+        if let count @ 1.. = source.passed_over() {
+            eprintln!(
+                "WARNING: {count} images do not decode and were passed over in this session of the run"
+            );
+        }
         Ok(ending?)
     }
 }
@@ -235,6 +240,18 @@ impl Observer<Net> for View<'_> {
     fn on_checkpoint(&mut self, folder: &Path, _step: u64) {
         if let (Some(bar), true) = (&self.bar, self.announce) {
             bar.line(&format!("saved {}", folder.display()));
+        }
+    }
+
+    fn on_set_aside(&mut self, folder: &Path) {
+        let text = format!(
+            "WARNING: the damaged checkpoint of a step that has been written anew is kept as {}; nothing reads it, and \
+             it may be removed",
+            folder.display()
+        );
+        match &self.bar {
+            Some(bar) => bar.line(&text),
+            None => eprintln!("{text}"),
         }
     }
 

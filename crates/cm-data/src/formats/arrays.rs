@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::Path;
 
-use cm_model::files::UntilError;
+use cm_model::files::FailsOnce;
 use half::f16;
 use zip::ZipArchive;
 use zip::write::SimpleFileOptions;
@@ -66,7 +66,7 @@ pub fn read(path: &Path, wanted: &[&str]) -> Result<BTreeMap<String, Array>> {
     for name in wanted {
         let Some(index) = archive.index_for_name(&format!("{name}.npy")) else { continue };
         let file = format!("{}: {name}", path.display());
-        let entry = archive.by_index(index).map_err(|e| Error::unread(&file, e))?;
+        let entry = archive.by_index(index).map_err(|e| Error::unpacking(path, &file, &e))?;
         let capacity = npz::capacity(&entry, stored, &file)?;
         found.insert((*name).to_owned(), read_one(&mut Bounded { reader: entry, capacity, file })?);
     }
@@ -77,7 +77,7 @@ fn open(path: &Path) -> Result<(ZipArchive<std::io::BufReader<File>>, u64)> {
     let file = File::open(path).map_err(Error::io("read", path))?;
     let stored = file.metadata().map_err(Error::io("read", path))?.len();
     let archive = ZipArchive::new(std::io::BufReader::new(file));
-    Ok((archive.map_err(|e| Error::unread(path.display().to_string(), e))?, stored))
+    Ok((archive.map_err(|e| Error::unpacking(path, path.display().to_string(), &e))?, stored))
 }
 
 fn read_one<R: std::io::Read>(input: &mut Bounded<R>) -> Result<Array> {
@@ -151,19 +151,17 @@ fn transposed(values: &[f64], rows: usize, columns: usize) -> Vec<f64> {
 /// [`Error::Io`] with the file.
 pub fn save(path: &Path, arrays: &[(&str, &Array)]) -> Result<()> {
     write_whole(path, |out| {
-        let mut out = UntilError::new(out);
-        let mut archive = zip::ZipWriter::new(&mut out);
+        let mut archive = zip::ZipWriter::new(FailsOnce::new(out));
         for (name, array) in arrays {
             array.check()?;
             let options = SimpleFileOptions::default()
                 .compression_method(zip::CompressionMethod::Stored)
                 .large_file(array.values.len() >= 1 << 28);
-            archive.start_file(format!("{name}.npy"), options)?;
+            archive.start_file(format!("{name}.npy"), options).map_err(npz::cause)?;
             let bytes: Vec<u8> = array.values.iter().flat_map(|v| v.to_le_bytes()).collect();
             npy::write_as(&mut archive, "<f8", &array.shape, &bytes)?;
         }
-        archive.finish()?;
-        out.finish()
+        archive.finish().map(drop).map_err(npz::cause)
     })
 }
 

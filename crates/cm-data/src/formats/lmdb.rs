@@ -142,7 +142,7 @@ impl Lmdb {
         let name = path.display().to_string();
         let other =
             |found: &str| Error::format(&name, "an LMDB database (version 0.9, little-endian)", found);
-        let start = file.start(2 * 65_536).map_err(|e| Error::unread(&name, e))?;
+        let start = file.start(2 * 65_536).map_err(|e| Error::unpacking(&path, &name, &e))?;
         let first = Meta::parse(&start).ok_or_else(|| other("something else"))?;
         if !PAGE_SIZES.contains(&first.page) || !first.page.is_power_of_two() {
             return Err(other(&format!("pages of {} bytes", first.page)));

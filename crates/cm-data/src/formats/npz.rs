@@ -5,8 +5,9 @@ use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::path::Path;
 
-use cm_model::files::UntilError;
+use cm_model::files::FailsOnce;
 use zip::ZipArchive;
+use zip::result::ZipError;
 use zip::write::SimpleFileOptions;
 
 use crate::dataset::{Labels, MemorySet, Shape};
@@ -30,7 +31,7 @@ pub fn read(path: &Path, labelled: bool, classes: Option<u32>) -> Result<MemoryS
     file.rewind().map_err(Error::io("read", path))?;
     if &start[..got] == b"PK" {
         let mut archive =
-            ZipArchive::new(std::io::BufReader::new(file)).map_err(|e| Error::unread(&name, e))?;
+            ZipArchive::new(std::io::BufReader::new(file)).map_err(|e| Error::unpacking(path, &name, &e))?;
         return read_archive(&mut archive, stored, &name, labelled, classes);
     }
     let images = IntArray::read(&mut Bounded { reader: file, capacity: stored, file: name.clone() })?;
@@ -74,7 +75,7 @@ fn member(
         return Err(Error::format(name, expected, if found.is_empty() { "no arrays".into() } else { found }));
     };
     let file = format!("{name}: {}", member.trim_end_matches(".npy"));
-    let entry = archive.by_index(index).map_err(|e| Error::unread(&file, e))?;
+    let entry = archive.by_index(index).map_err(|e| Error::unpacking(name.as_ref(), &file, &e))?;
     let capacity = capacity(&entry, stored, &file)?;
     IntArray::read(&mut Bounded { reader: entry, capacity, file })
 }
@@ -153,8 +154,7 @@ pub fn write(
     if let Some(labels) = labels.filter(|l| l.len() != count) {
         return Err(invalid(format!("{} labels for {count} images", labels.len())));
     }
-    let mut out = UntilError::new(out);
-    let mut archive = zip::ZipWriter::new(&mut out);
+    let mut archive = zip::ZipWriter::new(FailsOnce::new(out));
     // Beyond 4 GiB an entry needs the 64-bit form, which has to be announced before its data.
     let options = SimpleFileOptions::default()
         .compression_method(zip::CompressionMethod::Stored)
@@ -163,15 +163,22 @@ pub fn write(
     for (from, to) in pixels.chunks_exact(values).zip(nhwc.chunks_exact_mut(values)) {
         interleave(shape, from, to);
     }
-    archive.start_file("arr_0.npy", options)?;
+    archive.start_file("arr_0.npy", options).map_err(cause)?;
     npy::write(&mut archive, IntType::U8, &[count, shape.height, shape.width, shape.channels], &nhwc)?;
     if let Some(labels) = labels {
         let bytes: Vec<u8> = labels.iter().flat_map(|l| l.to_le_bytes()).collect();
-        archive.start_file("arr_1.npy", options)?;
+        archive.start_file("arr_1.npy", options).map_err(cause)?;
         npy::write(&mut archive, IntType::I64, &[count], &bytes)?;
     }
-    archive.finish()?;
-    out.finish()
+    archive.finish().map(drop).map_err(cause)
+}
+
+/// The writer's own error, which an archive's shows as `i/o error` alone.
+pub(crate) fn cause(error: ZipError) -> std::io::Error {
+    match error {
+        ZipError::Io(cause) => cause,
+        other => other.into(),
+    }
 }
 
 /// [`write()`] to a file, whole or not at all.
@@ -186,6 +193,7 @@ pub fn save(path: &Path, shape: Shape, pixels: &[u8], labels: Option<&[i64]>) ->
 mod tests {
     use super::*;
     use crate::dataset::Dataset;
+    use std::cell::Cell;
     use std::io::Cursor;
 
     fn written(shape: Shape, pixels: &[u8], labels: Option<&[i64]>) -> tempfile::NamedTempFile {
@@ -225,6 +233,80 @@ mod tests {
             std::fs::write(file.path(), &bytes[..keep]).unwrap();
             let error = read(file.path(), true, None).err().unwrap().to_string();
             assert!(error.contains(&file.path().display().to_string()), "{error}");
+        }
+    }
+
+    /// A disk with room for so many bytes.
+    struct Disk(Cursor<Vec<u8>>, u64);
+
+    impl Write for Disk {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            match self.0.position() + bytes.len() as u64 <= self.1 {
+                true => self.0.write(bytes),
+                false => Err(std::io::Error::from_raw_os_error(28)),
+            }
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Seek for Disk {
+        fn seek(&mut self, to: std::io::SeekFrom) -> std::io::Result<u64> {
+            self.0.seek(to)
+        }
+    }
+
+    #[test]
+    fn a_full_disk_is_told_in_the_systems_words_wherever_it_fills() {
+        let (shape, pixels) = (Shape::square(3, 4), [7; 96]);
+        let mut whole = Cursor::new(Vec::new());
+        write(&mut whole, shape, &pixels, Some(&[1, 2])).unwrap();
+        let whole = whole.into_inner();
+        // In heads, arrays, the directory and its end.
+        for room in 0..whole.len() as u64 {
+            let disk = Disk(Cursor::new(Vec::new()), room);
+            let error = write(disk, shape, &pixels, Some(&[1, 2])).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(28), "{room} of {} bytes: {error}", whole.len());
+        }
+        let mut enough = Disk(Cursor::new(Vec::new()), whole.len() as u64);
+        write(&mut enough, shape, &pixels, Some(&[1, 2])).unwrap();
+    }
+
+    /// A file whose blocks cannot be read from `at` on.
+    struct BadBlock<'a>(Cursor<&'a [u8]>, &'a Cell<u64>);
+
+    impl Read for BadBlock<'_> {
+        fn read(&mut self, out: &mut [u8]) -> std::io::Result<usize> {
+            let room = self.1.get().saturating_sub(self.0.position()).min(out.len() as u64) as usize;
+            match room == 0 && !out.is_empty() {
+                true => Err(std::io::Error::from_raw_os_error(5)),
+                false => self.0.read(&mut out[..room]),
+            }
+        }
+    }
+
+    impl Seek for BadBlock<'_> {
+        fn seek(&mut self, to: std::io::SeekFrom) -> std::io::Result<u64> {
+            self.0.seek(to)
+        }
+    }
+
+    #[test]
+    fn a_block_that_cannot_be_read_is_no_damage_of_the_file() {
+        let mut bytes = Cursor::new(Vec::new());
+        write(&mut bytes, Shape::square(3, 4), &[7; 96], None).unwrap();
+        let bytes = bytes.into_inner();
+        let opened = ZipArchive::new(BadBlock(Cursor::new(&bytes), &Cell::new(20))).err().unwrap();
+        let error = Error::unpacking("a.npz".as_ref(), "a.npz", &opened);
+        assert!(matches!(&error, Error::Io { cause, .. } if cause.raw_os_error() == Some(5)), "{error}");
+        // The directory, at the end, can be read, and the array's head or its bytes cannot.
+        for bad in [0, 40, 150] {
+            let (limit, length) = (Cell::new(u64::MAX), bytes.len() as u64);
+            let mut archive = ZipArchive::new(BadBlock(Cursor::new(&bytes), &limit)).unwrap();
+            limit.set(bad);
+            let error = read_archive(&mut archive, length, "a.npz", false, None).err().unwrap();
+            assert!(matches!(&error, Error::Io { .. }) && error.to_string().contains("a.npz"), "{error}");
         }
     }
 

@@ -4,12 +4,10 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use rawzip::{
-    CompressionMethod, ErrorKind, FileReader, RECOMMENDED_BUFFER_SIZE, ZipArchive, ZipArchiveEntryWayfinder,
-};
+use rawzip::{CompressionMethod, FileReader, RECOMMENDED_BUFFER_SIZE, ZipArchive, ZipArchiveEntryWayfinder};
 
 use super::files::{has_controls, is_hidden, is_image, shown};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, of_system};
 use crate::limits::{Bounded, DEFLATE_RATIO, MAX_ENCODED, MAX_JSON};
 use crate::names::Names;
 
@@ -41,19 +39,19 @@ pub(crate) struct ZipScan {
 /// Lists a zip.
 pub(crate) fn scan(path: &Path) -> Result<ZipScan> {
     let place = path.display().to_string();
-    let broken = |error: rawzip::Error| match error.into_kind() {
-        ErrorKind::IO(cause) if cause.raw_os_error().is_some() => Error::io("read", path)(cause),
-        other => Error::corrupt(place.as_str(), format!("as a zip: {other}")),
+    let broken = |error: rawzip::Error| match of_system(&error) {
+        Some(cause) => Error::io("read", path)(cause),
+        None => Error::corrupt(place.as_str(), format!("as a zip: {error}")),
     };
     let file = File::open(path).map_err(Error::io("read", path))?;
     let stored = file.metadata().map_err(Error::io("read", path))?.len();
     let mut buffer = vec![0; RECOMMENDED_BUFFER_SIZE];
-    let archive = ZipArchive::from_file(file, &mut buffer).map_err(broken)?;
+    let archive = ZipArchive::from_file(file, &mut buffer).map_err(&broken)?;
     let (mut names, mut members) = (Names::default(), Vec::new());
     let (mut ignored, mut jsons) = (Vec::new(), Vec::new());
     let mut entries = archive.entries(&mut buffer);
     let mut count = 0_u64;
-    while let Some(entry) = entries.next_entry().map_err(broken)? {
+    while let Some(entry) = entries.next_entry().map_err(&broken)? {
         count += 1;
         let raw = entry.file_path();
         let Ok(name) = std::str::from_utf8(raw.as_ref()) else {
@@ -145,10 +143,8 @@ impl Zipped {
         if claimed > limit {
             return Err(Error::TooLarge { file, what: "bytes for a member", claimed, limit });
         }
-        let entry = self.archive.get_entry(member.way).map_err(|error| match error.into_kind() {
-            ErrorKind::IO(cause) if cause.raw_os_error().is_some() => Error::io("read", &self.place)(cause),
-            other => Error::corrupt(&file, other),
-        })?;
+        let entry =
+            self.archive.get_entry(member.way).map_err(|e| Error::unpacking(&self.place, &file, &e))?;
         // Both sizes are claims; the archive's own length is not.
         let packed = member.way.compressed_size_hint().min(self.stored);
         let capacity = if member.deflated { packed.saturating_mul(DEFLATE_RATIO) } else { packed };

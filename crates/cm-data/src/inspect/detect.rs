@@ -57,7 +57,7 @@ fn detect_file(path: &Path) -> Result<SourceKind> {
     if start.starts_with(b"PK") {
         let file = File::open(path).map_err(Error::io("read", path))?;
         let archive = zip::ZipArchive::new(std::io::BufReader::new(file));
-        let archive = archive.map_err(|e| Error::unread(path.display().to_string(), e))?;
+        let archive = archive.map_err(|e| Error::unpacking(path, path.display().to_string(), &e))?;
         let arrays = archive.file_names().any(|n| n.ends_with(".npy"));
         return Ok(if arrays { SourceKind::Npz } else { SourceKind::Zip });
     }

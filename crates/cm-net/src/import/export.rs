@@ -3,9 +3,10 @@
 use std::io::Write;
 use std::path::Path;
 
-use cm_model::files::{UntilError, write_atomic};
+use cm_model::files::{FailsOnce, write_atomic};
 use cm_model::{Bundle, TensorMap};
 use tch::Tensor;
+use zip::result::ZipError;
 use zip::write::SimpleFileOptions;
 
 use super::diffusers;
@@ -98,14 +99,14 @@ fn write_torch(path: &Path, tensors: &TensorMap) -> Result<()> {
         return Err(problem(path, format!("torch.save's form has no name for the dtype {kind:?}")));
     }
     Ok(write_atomic(path, |file| {
-        let mut file = UntilError::new(file);
-        let mut archive = zip::ZipWriter::new(&mut file);
+        let mut archive = zip::ZipWriter::new(FailsOnce::new(file));
         // As torch does it, so that the storages of a file that is mapped into memory lie even.
         let plain = SimpleFileOptions::default()
             .compression_method(zip::CompressionMethod::Stored)
             .with_alignment(64);
         let mut write = |name: &str, bytes: &[u8]| {
-            archive.start_file(format!("archive/{name}"), plain.large_file(bytes.len() as u64 > LARGE))?;
+            let options = plain.large_file(bytes.len() as u64 > LARGE);
+            archive.start_file(format!("archive/{name}"), options).map_err(cause)?;
             archive.write_all(bytes)
         };
         write("data.pkl", &pickle_of(tensors))?;
@@ -114,9 +115,16 @@ fn write_torch(path: &Path, tensors: &TensorMap) -> Result<()> {
             write(&format!("data/{key}"), &cm_model::tensor_bytes(tensor))?;
         }
         write("version", b"3\n")?;
-        archive.finish()?;
-        file.finish()
+        archive.finish().map(drop).map_err(cause)
     })?)
+}
+
+/// The file's own error, which an archive's shows as `i/o error` alone.
+fn cause(error: ZipError) -> std::io::Error {
+    match error {
+        ZipError::Io(cause) => cause,
+        other => other.into(),
+    }
 }
 
 /// `OrderedDict` of calls of `_rebuild_tensor_v2`, each with a storage of its own.

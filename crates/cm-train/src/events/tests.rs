@@ -128,6 +128,7 @@ fn an_entry_is_the_row_of_the_table() {
         stage: None,
         mu: None,
         by_sigma: Vec::new(),
+        passed_over: 0,
         images_per_second: 512.5,
         seconds: 7.0,
     };

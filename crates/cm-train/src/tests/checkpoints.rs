@@ -174,31 +174,6 @@ fn the_only_whole_checkpoint_is_never_removed() {
     assert_eq!(checkpoints.newest_whole().unwrap().0.unwrap().state.step, 10);
 }
 
-/// One bit changes, and no length.
-fn flip(checkpoints: &Checkpoints, step: u64) {
-    let file = checkpoints.path(step).join("weights");
-    let mut bytes = fs::read(&file).unwrap();
-    bytes[400] ^= 1;
-    fs::write(file, bytes).unwrap();
-}
-
-#[test]
-fn a_checkpoint_that_went_bad_is_not_counted_and_is_written_anew() {
-    let (folder, checkpoints) = saved(&[10, 20, 30]);
-    flip(&checkpoints, 30);
-    // As the process that goes on from step 20 sees it.
-    let checkpoints = Checkpoints::of_run(folder.path());
-    let keep = Keep { last: 1, milestone_every: 0 };
-    assert_eq!(checkpoints.prune(keep).unwrap(), [checkpoints.path(10)]);
-    save(&checkpoints, 25);
-    checkpoints.prune(keep).unwrap();
-    assert_eq!(checkpoints.steps().unwrap(), [25, 30]);
-    assert_eq!(checkpoints.newest_whole().unwrap().0.unwrap().state.step, 25);
-    save(&checkpoints, 30);
-    assert_eq!(checkpoints.newest_whole().unwrap().0.unwrap().state.step, 30);
-    assert_eq!(checkpoints.prune(keep).unwrap(), [checkpoints.path(25)]);
-}
-
 #[test]
 fn a_failed_save_leaves_nothing_and_a_killed_one_is_cleaned_up() {
     let (folder, checkpoints) = saved(&[10]);
@@ -223,4 +198,45 @@ fn a_step_is_written_once_and_a_broken_one_is_replaced() {
     fs::write(checkpoints.path(10).join("weights"), "torn").unwrap();
     save(&checkpoints, 10);
     assert_eq!(checkpoints.newest_whole().unwrap().0.unwrap().state.step, 10);
+}
+
+/// Turns a bit round: a file's length says nothing of it.
+pub(super) fn flip(file: &Path) {
+    let mut bytes = fs::read(file).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(file, bytes).unwrap();
+}
+
+#[test]
+fn a_damaged_one_of_the_right_length_is_written_anew_and_kept_beside() {
+    let (folder, checkpoints) = saved(&[10, 20]);
+    for aside in ["step-00000020.damaged", "step-00000020.damaged-2"] {
+        flip(&checkpoints.path(20).join("weights"));
+        let damaged = fs::read(checkpoints.path(20).join("weights")).unwrap();
+        save(&checkpoints, 20);
+        let aside = folder.path().join("checkpoints").join(aside);
+        assert_eq!(checkpoints.take_set_aside(), [aside.as_path()]);
+        assert!(fs::read(aside.join("weights")).unwrap() == damaged);
+        let (newest, broken) = Checkpoints::of_run(folder.path()).newest_whole().unwrap();
+        assert_eq!((newest.unwrap().state.step, broken.len()), (20, 0));
+    }
+    assert!(checkpoints.take_set_aside().is_empty(), "each is told once");
+    // What is set aside is neither a checkpoint nor a leftover.
+    checkpoints.prune(Keep { last: 1, milestone_every: 0 }).unwrap();
+    let kept = ["step-00000020", "step-00000020.damaged", "step-00000020.damaged-2"];
+    assert_eq!(names(&folder.path().join("checkpoints")), kept);
+}
+
+#[test]
+fn a_damaged_one_of_the_right_length_never_stands_for_a_whole_one() {
+    for damaged in [vec![30], vec![20], vec![20, 30]] {
+        let (folder, checkpoints) = saved(&[10, 20, 30]);
+        damaged.iter().for_each(|&step| flip(&checkpoints.path(step).join("weights")));
+        let whole = [30, 20, 10].into_iter().find(|step| !damaged.contains(step)).unwrap();
+        // Another process, which has written none of them.
+        let checkpoints = Checkpoints::of_run(folder.path());
+        checkpoints.prune(Keep { last: 1, milestone_every: 0 }).unwrap();
+        assert_eq!(checkpoints.newest_whole().unwrap().0.unwrap().state.step, whole, "{damaged:?}");
+    }
 }
