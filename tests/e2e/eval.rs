@@ -111,24 +111,6 @@ fn says_what_was_judged(sandbox: &Sandbox) {
 }
 
 #[test]
-fn emoji_are_judged_by_features_that_learnt_without_labels() {
-    let sandbox = Sandbox::new();
-    let line = "eval emoji-ct:test --reference emoji-ct --device cpu --metrics fcd,cpr -o a.json";
-    let done = sandbox.cm(line).run().ok();
-    assert!(done.stderr.contains("training a classifier (rotations)"), "{}", done.stderr);
-    let floor = summary(&sandbox, "a.json");
-    assert!(mean(&floor, "classifier_precision") > 0.5, "{floor}");
-    // Noise is further from emoji than other emoji are.
-    let shape = Shape::square(3, 32);
-    let pixels: Vec<u8> =
-        (0..200 * shape.values() as u64).map(|i| (i.wrapping_mul(i * 7 + 3) >> 9) as u8).collect();
-    npz::save(&sandbox.path("noise.npz"), shape, &pixels, None).unwrap();
-    sandbox.cm("eval noise.npz --reference emoji-ct --device cpu --metrics fcd,cpr -o b.json").run().ok();
-    let noise = summary(&sandbox, "b.json");
-    assert!(mean(&noise, "fcd") > 2.0 * mean(&floor, "fcd"), "{noise} {floor}");
-}
-
-#[test]
 fn a_folder_an_npz_and_stored_statistics_of_the_same_images_agree() {
     let sandbox = Sandbox::new();
     samples(&sandbox, "a.npz", 300, 3);
