@@ -28,8 +28,8 @@ pub const PIXELS_A_BYTE: u64 = 8 * DEFLATE_RATIO;
 /// The most that deflate can expand its input: a 258-byte match from 2 bits (RFC 1951), that is 1032 to 1.
 pub const DEFLATE_RATIO: u64 = 1032;
 
-/// The most that an array in an archive may be larger than its deflated form. Images that carry something deflate to a
-/// tenth at best; what deflates to less than a hundredth is blank, and a few megabytes of it would fill the memory.
+/// The most that an array in an archive may be larger than its deflated form: what deflates to less than a hundredth is all
+/// but blank, and a few megabytes of it would fill the memory.
 pub const MAX_EXPANSION: u64 = 100;
 /// An array of so many bytes is read whatever it deflates to.
 pub const SMALL_ARRAY: u64 = 1 << 28;
