@@ -36,9 +36,16 @@ class CheckpointRow(TrainRow):
                 for kept, new in zip(average, saved):
                     kept.copy_(new)
 
-    def run(self, count):
+    def timed(self, count, clock):
+        """A file that is in the way is removed outside of the clock, as on the other side."""
+        seconds = 0.0
         for _ in range(count):
+            if not self.loads:
+                self.file.unlink(missing_ok=True)
+            begin = clock()
             self.load() if self.loads else self.save()
+            seconds += clock() - begin
+        return seconds
 
     def check(self):
         return {}

@@ -1,6 +1,6 @@
 """The data path: a folder of PNGs to shuffled, randomly mirrored float batches in [-1, 1].
 
-a  one worker process that decodes with Pillow, as EDM's and Consistency Models' loaders are set up
+a  one worker process that decodes with Pillow and keeps what it has decoded, as EDM's loader is set up
 b  as many workers as there are threads
 """
 
@@ -15,13 +15,17 @@ import torch
 class Pictures(torch.utils.data.Dataset):
     def __init__(self, folder):
         self.files = sorted(Path(folder).glob("*.png"))
+        self.decoded = {}
 
     def __len__(self):
         return len(self.files)
 
     def __getitem__(self, index):
-        pixels = np.array(PIL.Image.open(self.files[index]))
-        pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+        pixels = self.decoded.get(index)
+        if pixels is None:
+            pixels = np.array(PIL.Image.open(self.files[index]))
+            pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+            self.decoded[index] = pixels
         if torch.rand(()) < 0.5:
             pixels = pixels[:, :, ::-1]
         return pixels.copy()
@@ -35,7 +39,7 @@ class DataRow:
         self.set, self.items = Pictures(folder / "pictures"), self.work["batch"]
         loader = torch.utils.data.DataLoader(
             self.set, batch_size=self.items, shuffle=True, num_workers=workers, drop_last=True,
-            persistent_workers=True, prefetch_factor=2)
+            persistent_workers=True, prefetch_factor=2, pin_memory=mode.device.type == "cuda")
         self.stream = self.endless(loader)
 
     @staticmethod
@@ -45,7 +49,8 @@ class DataRow:
 
     def run(self, count):
         for _ in range(count):
-            batch = next(self.stream).to(self.mode.device).to(torch.float32) / 127.5 - 1
+            batch = next(self.stream).to(self.mode.device, non_blocking=True).to(torch.float32) / 127.5 - 1
+        self.mode.synchronize()
         return batch
 
     def check(self):

@@ -24,7 +24,13 @@ class Mode:
     @staticmethod
     def of(letter, device, dtype):
         """`dtype` is what b and c compute in."""
-        return Mode(letter, torch.device(device), DTYPES[dtype] if letter in "bc" else None)
+        mode = Mode(letter, torch.device(device), DTYPES[dtype] if letter in "bc" else None)
+        if mode.device.type == "cuda":
+            # What is asked without a device is about the current one.
+            torch.cuda.set_device(mode.device)
+            # As EDM's training loop has it; the tuned in low precision may round what is left in float32 too.
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = mode.dtype is not None
+        return mode
 
     @property
     def tuned(self):

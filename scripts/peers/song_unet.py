@@ -131,7 +131,8 @@ class Block(nn.Module):
     def attend(self, x):
         q, k, v = self.qkv(self.norm2(x)).reshape(x.shape[0], x.shape[1], 3, -1).unbind(2)
         if self.tuned:
-            q, k, v = (part.transpose(1, 2).unsqueeze(1) for part in (q, k, v))
+            # Channels next to one another, or libtorch takes the product of whole matrices instead of its fused kernel.
+            q, k, v = (part.transpose(1, 2).unsqueeze(1).contiguous() for part in (q, k, v))
             mixed = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
         else:
             mixed = torch.einsum("nqk,nck->ncq", AttentionWeights.apply(q, k), v)

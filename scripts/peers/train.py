@@ -31,6 +31,8 @@ class TrainRow:
         self.params = [p for p in self.net.parameters()]
         self.averages = [[p.detach().clone() for p in self.params] for _ in work["emas"]]
         self.optimizer = optimizer(self.params, work, mode)
+        # EDM's loop and ECT's, which is made of it; else that of Consistency Models.
+        self.is_edm = work["replace_non_finite"]
         self.items = self.batch
 
     # -- levels ------------------------------------------------------------------------------------------------------
@@ -127,15 +129,14 @@ class TrainRow:
             if self.target_net is not None:
                 follow(list(self.target_net.parameters()), self.params, self.work["mu"], self.mode)
             for average, beta in zip(self.averages, self.work["emas"]):
-                follow(average, self.params, beta, self.mode)
+                follow(average, self.params, beta, self.mode, copies=self.is_edm)
         self.optimizer.zero_grad(set_to_none=True)
 
     def look_at_gradients(self):
         grads = [p.grad for p in self.params if p.grad is not None]
         if self.mode.tuned:
             return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))).item()
-        if self.work["replace_non_finite"]:
-            # EDM's and ECT's loops.
+        if self.is_edm:
             for grad in grads:
                 torch.nan_to_num(grad, nan=0, posinf=1e5, neginf=-1e5, out=grad)
             return None
@@ -174,13 +175,16 @@ def optimizer(params, work, mode):
         weight_decay=rule["weight_decay"], **how)
 
 
-def follow(average, params, beta, mode):
-    """θ⁻ ← βθ⁻ + (1 − β)θ."""
+def follow(average, params, beta, mode, copies=False):
+    """θ⁻ ← βθ⁻ + (1 − β)θ; with `copies` as EDM's loop writes it."""
     if mode.tuned:
         torch._foreach_lerp_(average, params, 1 - beta)
         return
     for kept, new in zip(average, params):
-        kept.detach().mul_(beta).add_(new, alpha=1 - beta)
+        if copies:
+            kept.copy_(new.detach().lerp(kept, beta))
+        else:
+            kept.detach().mul_(beta).add_(new, alpha=1 - beta)
 
 
 # As many as this project's side makes before it says how far weights and averages moved.

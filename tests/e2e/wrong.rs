@@ -36,6 +36,8 @@ fn keys_values_and_files_of_an_experiment() {
         ("augment={p=2, scale=1}", &["augment.p = 2", "0 to 1"]),
         ("augment={p=0.1, hue=1}", &["--set augment", "unknown field `hue`"]),
         ("compute.autocast=fp16", &["fp16", "needs CUDA", "bf16"]),
+        ("compute.tf32=true", &["compute.tf32", "needs CUDA", "leave it out"]),
+        ("compute.cudnn_benchmark=true", &["compute.cudnn_benchmark", "needs CUDA"]),
         ("data.path='x'", &["path = x", "digits is bundled"]),
     ] {
         refused(&sandbox, train(&sandbox).set(&[set]), words);

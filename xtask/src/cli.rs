@@ -183,7 +183,7 @@ A table at the end, and torture.json in the folder; exit code 1 if anything did 
   cargo xtask race                    the small network, against all peers
   cargo xtask race --size cifar10 --against a,b
   cargo xtask race --rows ct,sample-1 --pairs 3 --seconds 0.5
-  cargo xtask race --size cifar10 --publish
+  cargo xtask race --size cifar10 --rows update,fid --publish
 
 Peers: a is eager PyTorch in float32 as the public references run it, b the same with channels-last, bf16 autocast and
 fused updates, c is b under torch.compile, d diffusers. The first call installs them (5.3 GB). Writes race.json and
@@ -313,10 +313,10 @@ pub struct RaceArgs {
     /// Threads of every side [default: all cores]
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
-    /// Images in a training step [default: 128 for tiny, 8 for others]
+    /// Images in a training step [default: 128 for tiny, else 64 on a GPU and 8 on a CPU]
     #[arg(long, value_name = "N")]
     pub batch: Option<usize>,
-    /// What this project and peers b, c and d compute in
+    /// What this project and peers b and c compute in (a and d: fp32)
     #[arg(long, default_value = "bf16", value_parser = PossibleValuesParser::new(["fp32", "bf16"]))]
     pub dtype: String,
     /// Change a setting of this project's experiments, as for `cm train`
@@ -325,9 +325,15 @@ pub struct RaceArgs {
     /// Folder for the files of the race and its result
     #[arg(long, value_name = "DIR", default_value = "out/race")]
     pub out: PathBuf,
-    /// Put the table into docs/performance.md too
+    /// Put the rows into docs/race and docs/performance.md too, in place of the same rows there
     #[arg(long)]
     pub publish: bool,
+    /// This program instead of the one that is built here
+    #[arg(long, value_name = "FILE")]
+    pub cm: Option<PathBuf>,
+    /// This interpreter, with torch, numpy, safetensors, diffusers, pillow and scipy, instead of the peers' own
+    #[arg(long, value_name = "FILE")]
+    pub python: Option<PathBuf>,
 }
 
 /// What is fuzzed, and how long.

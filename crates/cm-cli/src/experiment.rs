@@ -56,6 +56,13 @@ pub struct ComputeSpec {
     /// In training, the network's blocks are computed again in the backward pass, for less memory.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub checkpoint_activations: bool,
+    /// On CUDA, products and convolutions in float32 round what goes in to TF32 (10 bits of mantissa).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub tf32: bool,
+    /// On CUDA, cuDNN times its algorithms on each new shape and keeps the fastest; two runs may then differ in their
+    /// last bits.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub cudnn_benchmark: bool,
 }
 
 /// Dtypes of autocast.
@@ -114,8 +121,22 @@ impl Experiment {
                 bail!("compute.autocast = \"fp16\" needs CUDA; on a CPU use --set compute.autocast=bf16")
             }
         };
-        let ComputeSpec { channels_last, checkpoint_activations, .. } = self.compute;
+        let ComputeSpec { channels_last, checkpoint_activations, tf32, cudnn_benchmark, .. } = self.compute;
+        for (key, on) in [("tf32", tf32), ("cudnn_benchmark", cudnn_benchmark)] {
+            if on && !device.is_cuda() {
+                bail!("compute.{key} = true needs CUDA; leave it out on a CPU");
+            }
+        }
         Ok(Compute { autocast, channels_last, checkpoint_activations, graph: false })
+    }
+
+    /// Has libtorch compute on CUDA as the experiment says; on a CPU there is nothing to switch.
+    pub fn switch(&self, device: Device) -> Result<()> {
+        if device.is_cuda() {
+            cm_torch::device::set_tf32(self.compute.tf32)?;
+            cm_torch::device::set_cudnn_benchmark(self.compute.cudnn_benchmark);
+        }
+        Ok(())
     }
 
     /// What the model files of this experiment say about themselves.

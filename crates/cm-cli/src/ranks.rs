@@ -105,7 +105,7 @@ impl Ranks {
 
     /// The device that was asked for; a GPU of its own for each of several ranks.
     pub fn device(&self, spec: &DeviceSpec) -> Result<Device> {
-        Ok(session::said(&self.resolve(spec)?))
+        session::said(&self.resolve(spec)?)
     }
 
     /// [`device`](Self::device) where it has been said already.

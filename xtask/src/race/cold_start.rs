@@ -8,15 +8,17 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use super::Race;
-use super::report::{Entry, spread};
+use super::entry::{Entry, spread};
+use super::record::Standing;
 use super::rows::{self, Measure, Row, target};
 use super::side::with_threads;
+use super::watch::Watch;
 
 /// Longer than any start.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// `cm sample` beside cold_start.py, in turns.
-pub fn measure(race: &Race, letters: &[&'static str]) -> Result<Vec<Entry>> {
+/// `cm sample` beside cold_start.py, in turns; in every other round the order is turned around.
+pub fn measure(race: &Race, letters: &[&'static str], watch: &Watch) -> Result<Vec<Standing>> {
     let row = row()?;
     let folder = race.shared.join("first");
     let mut own = vec!["fp32"];
@@ -26,14 +28,19 @@ pub fn measure(race: &Race, letters: &[&'static str]) -> Result<Vec<Entry>> {
     let mut rates = vec![Vec::new(); own.len() + letters.len()];
     // The first round of each fills the page cache and does not count.
     for round in 0..=race.args.pairs {
-        for (index, rate) in rates.iter_mut().enumerate() {
+        watch.round(round, race.args.pairs + 1);
+        let mut order: Vec<usize> = (0..rates.len()).collect();
+        if round % 2 == 1 {
+            order.reverse();
+        }
+        for index in order {
             let (mut command, png) = match own.get(index) {
                 Some(dtype) => ours(race, dtype, &folder),
                 None => theirs(race, letters[index - own.len()], &folder),
             };
             let seconds = until(&mut command, &png)?;
             if round > 0 {
-                rate.push(1.0 / seconds);
+                rates[index].push(1.0 / seconds);
             }
         }
     }
@@ -48,7 +55,7 @@ pub fn measure(race: &Race, letters: &[&'static str]) -> Result<Vec<Entry>> {
         let dtypes = [own[ours].to_owned(), theirs.to_owned()];
         Entry::of_rates(row.unit, letter, dtypes, [&rates[ours], &rates[own.len() + index]], target)
     };
-    Ok(letters.iter().enumerate().map(entry).collect())
+    Ok(letters.iter().enumerate().map(entry).map(Standing::Measured).collect())
 }
 
 fn opponent_of_a(own: &[Vec<f64>]) -> usize {
@@ -90,8 +97,8 @@ fn until(command: &mut Command, png: &Path) -> Result<f64> {
             child.wait()?;
             return Ok(seconds);
         }
-        let ended = child.try_wait()?;
-        if ended.is_some_and(|status| !status.success()) || begin.elapsed() > PATIENCE {
+        let ended = child.try_wait()?.is_some() && !is_whole(png);
+        if ended || begin.elapsed() > PATIENCE {
             let _ = child.kill();
             child.wait()?;
             bail!("{}: no picture came of {:?}", png.display(), command);
@@ -103,4 +110,27 @@ fn until(command: &mut Command, png: &Path) -> Result<f64> {
 /// A PNG ends in the chunk IEND.
 fn is_whole(png: &Path) -> bool {
     fs::read(png).is_ok_and(|bytes| bytes.len() > 8 && bytes[bytes.len() - 8..].starts_with(b"IEND"))
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+
+    fn started(script: &str) -> Result<f64> {
+        let folder = tempfile::tempdir().unwrap();
+        let png = folder.path().join("first/a.png");
+        let mut command = Command::new("sh");
+        command.args(["-c", script, "sh"]).arg(&png);
+        until(&mut command, &png)
+    }
+
+    #[test]
+    fn the_clock_stops_when_the_whole_picture_is_there() {
+        let seconds = started("printf 'head' > $1; sleep 0.2; printf 'IENDcrc4' >> $1; sleep 0.2").unwrap();
+        assert!(seconds >= 0.2, "{seconds}");
+        for script in ["true", "printf head > $1", "exit 3"] {
+            let error = started(script).unwrap_err().to_string();
+            assert!(error.contains("no picture came of"), "{script}: {error}");
+        }
+    }
 }

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 /// Rounds of a ratio that is published.
@@ -18,7 +19,7 @@ pub enum Size {
     Tiny,
     /// EDM's DDPM++ and NCSN++ for CIFAR-10, 56 million parameters
     Cifar10,
-    /// The U-Net of ImageNet-64, 296 million parameters: on a GPU alone
+    /// The U-Net of ImageNet-64, 296 million parameters: on a CPU sampling alone
     Imagenet64,
 }
 
@@ -99,8 +100,29 @@ const ROWS: [Row; 17] = [
 ];
 
 /// What is aimed at on a GPU, for the table of a machine without one.
-pub const ON_A_GPU: [(&str, &str); 2] =
-    [("ct", "training step, GPU"), ("sample-1", "one-step sampling, batch 1, GPU, graph captured")];
+pub const ON_A_GPU: [(&str, &str); 2] = [
+    ("gpu-training", "training step, GPU"),
+    ("gpu-sample-1", "one-step sampling, batch 1, GPU, graph captured"),
+];
+
+/// What a row is, in words.
+pub fn about(name: &str) -> &'static str {
+    let known = ROWS.iter().map(|row| (row.name, row.about)).chain(ON_A_GPU);
+    known.into_iter().find(|(row, _)| *row == name).map_or("unknown", |(_, about)| about)
+}
+
+/// Where a row stands in the table.
+pub fn place(name: &str) -> usize {
+    let mut names = ROWS.iter().map(|row| row.name).chain(ON_A_GPU.map(|(row, _)| row));
+    names.position(|row| row == name).unwrap_or(usize::MAX)
+}
+
+/// Whether a row of this size is for a GPU: the state of training of 296 million parameters takes 10 GB, and each side has
+/// its own.
+pub fn needs_gpu(size: Size, row: &Row) -> bool {
+    let has_state = row.trains() || row.name == "update" || row.name.starts_with("checkpoint-");
+    size == Size::Imagenet64 && has_state
+}
 
 /// A row that a size does not have, as there is no experiment.
 fn is_absent(size: Size, row: &str) -> bool {
@@ -122,7 +144,8 @@ pub fn chosen(size: Size, names: &[String]) -> Result<Vec<Row>> {
 }
 
 /// What a ratio is of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Measure {
     /// Our speed by theirs: high is good.
     Speed,

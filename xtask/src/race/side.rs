@@ -54,7 +54,11 @@ impl Side {
     /// Starts it; what it says beside its answers goes into a log in the shared folder.
     pub fn start(command: &mut Command, name: &str, shared: &Path) -> Result<Self> {
         let log = shared.join(format!("{name}.log"));
-        let log = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(&log)
+            .with_context(|| format!("cannot write {}", log.display()))?;
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -98,8 +102,10 @@ impl Side {
         Ok((number(&answer, "seconds")?, number(&answer, "items")?))
     }
 
-    pub fn memory(&mut self) -> Result<f64> {
-        number(&self.ask("memory")?, "bytes")
+    /// The most bytes that the process has held, and those of before it had a row.
+    pub fn memory(&mut self) -> Result<[f64; 2]> {
+        let answer = self.ask("memory")?;
+        Ok([number(&answer, "bytes")?, number(&answer, "base")?])
     }
 }
 
@@ -111,5 +117,40 @@ impl Drop for Side {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+
+    /// A side that is a script of the shell.
+    fn side(script: &str, folder: &Path) -> Side {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        Side::start(&mut command, "x", folder).unwrap()
+    }
+
+    #[test]
+    fn a_side_answers_in_numbers_or_says_why_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let answers = r#"read l; echo '{"dtype": "bf16"}'; read l; echo '{"seconds": 0.5, "items": 4}'; read l;
+            echo '{"bytes": 10, "base": 3}'; read l; echo '{"error": "no such row"}'; read l; echo 'what?'"#;
+        let mut good = side(answers, folder.path());
+        good.prepare("ct").unwrap();
+        assert_eq!(good.dtype, "bf16");
+        assert_eq!(good.run(2).unwrap(), (0.5, 4.0));
+        assert_eq!(good.memory().unwrap(), [10.0, 3.0]);
+        assert_eq!(good.check().unwrap_err().to_string(), "x at 'check': \"no such row\"");
+        assert!(format!("{:#}", good.check().unwrap_err()).contains("what?"));
+    }
+
+    #[test]
+    fn a_side_that_dies_is_told_of_with_its_log() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut dying = side("echo out of memory >&2; read l", folder.path());
+        let error = dying.prepare("ct").unwrap_err().to_string();
+        assert!(error.contains("ended at 'prepare ct'") && error.contains("x.log"), "{error}");
+        assert_eq!(std::fs::read_to_string(folder.path().join("x.log")).unwrap(), "out of memory\n");
     }
 }

@@ -10,7 +10,7 @@ pub enum Dtype {
     /// float32
     #[default]
     F32,
-    /// bfloat16: several times as fast on processors and GPUs that have it, with 8 bits of mantissa
+    /// bfloat16: 8 bits of mantissa, and several times as fast on processors with AMX
     Bf16,
 }
 

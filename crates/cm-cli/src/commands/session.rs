@@ -29,19 +29,25 @@ use crate::ui::{self, Bar};
 
 /// The device that was asked for; says what `auto` chose and why.
 pub fn device(spec: &DeviceSpec) -> Result<Device> {
-    Ok(said(&cm_torch::device::resolve_with_note(spec)?))
+    said(&cm_torch::device::resolve_with_note(spec)?)
 }
 
 /// The device, after why it is this one has been said.
-pub fn said(resolved: &Resolved) -> Device {
+///
+/// On CUDA float32 is float32 from here on: libtorch's default lets cuDNN round the inputs of convolutions.
+pub fn said(resolved: &Resolved) -> Result<Device> {
+    if resolved.device.is_cuda() {
+        cm_torch::device::set_tf32(false)?;
+    }
     if let Some(note) = &resolved.note {
         ui::say(&format!("device: {:?} ({note})", resolved.device));
     }
-    resolved.device
+    Ok(resolved.device)
 }
 
 /// A trainer before its first step, on networks that start as `start` says.
 pub fn build_trainer(experiment: &Experiment, start: &Start, device: Device) -> Result<Trainer<Net>> {
+    experiment.switch(device)?;
     let shape = experiment.network.image_shape();
     let perceptual = lpips::load_metric(&experiment.train.metric, shape, device)?;
     let student = Net::build(experiment, device)?;

@@ -8,7 +8,7 @@
 //! | `prepare ROW` | builds what the row needs, in place of the row before |
 //! | `check` | does the row's work once on the files that all sides share, and says what came of it |
 //! | `run N` | does it N times: `{"seconds": …, "items": …}` |
-//! | `memory` | the most memory that this process has held so far, in bytes |
+//! | `memory` | the most memory that this process has held so far, in bytes, and that before it had a row |
 //! | `quit` | |
 
 mod files;
@@ -90,7 +90,10 @@ fn obey(work: &Work, words: &[&str], row: &mut Option<Box<dyn Row>>) -> Result<V
             *row = Some(ready);
             Ok(json!({ "seconds": seconds?, "items": items }))
         }
-        ["memory"] => Ok(json!({ "bytes": device::memory(work.device)?.peak_reserved })),
+        ["memory"] => {
+            let bytes = device::memory(work.device)?.peak_reserved;
+            Ok(json!({ "bytes": bytes, "base": work.base }))
+        }
         _ => bail!("{}: no such command", words.join(" ")),
     }
 }
@@ -164,6 +167,8 @@ mod tests {
         let answer = |words: &[&str]| obey(&work, words, &mut None);
         assert!(answer(&["check"]).unwrap_err().to_string().contains("prepare"));
         assert!(answer(&["prepare", "sample-x"]).is_err() && answer(&["jump"]).is_err());
-        assert!(answer(&["memory"]).unwrap()["bytes"].as_u64().unwrap() > 1_000_000);
+        let memory = answer(&["memory"]).unwrap();
+        let [bytes, base] = ["bytes", "base"].map(|key| memory[key].as_u64().unwrap());
+        assert!(bytes >= base && base > 1_000_000, "{memory}");
     }
 }

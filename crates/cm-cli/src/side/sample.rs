@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use cm_model::{Bundle, Recorded};
+use cm_model::{Bundle, Compute, Recorded};
 use cm_net::{Model, ModelFile, PrecondSpec, Role};
 use cm_sampler::{Hooks, Method, Request, Solver, sample};
 use cm_schedule::solver::Churn;
@@ -26,7 +26,11 @@ pub struct SampleRow {
 
 impl SampleRow {
     pub fn new(work: &Work, row: &str) -> Result<Self> {
-        let compute = work.compute(&work.experiment(source(row))?)?;
+        let experiment = work.experiment(source(row))?;
+        experiment.switch(work.device)?;
+        // One image on a GPU takes as long as the host needs to start its operations: `cm sample --cuda-graph`.
+        let graph = work.device.is_cuda() && row == "sample-1";
+        let compute = Compute { graph, ..work.compute(&experiment)? };
         let file = ModelFile::read(&work.file(&weights(source(row))))?;
         let model = file.model(work.device, compute)?;
         let shared = work.bundle(row)?;
