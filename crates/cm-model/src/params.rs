@@ -348,7 +348,8 @@ fn initial(seed: u64, name: &str, shape: &[i64], init: Init) -> Tensor {
         Init::Normal { std } => normals(&stream, numel, std),
         Init::KaimingNormal { scale } => normals(&stream, numel, scale / fan_in.sqrt()),
     };
-    Tensor::from_slice(&values).view(shape)
+    // A view would hold the flat tensor for as long as it lives, whatever memory it is given later.
+    Tensor::from_slice(&values).view(shape).copy()
 }
 
 /// Four values of 32 bits from each block, in parallel: a network of 500 M parameters starts in seconds.

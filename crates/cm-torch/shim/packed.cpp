@@ -34,15 +34,22 @@ struct Moment {
     version = t._version();
   }
 
+  // The same tensor, at this moment or another.
+  bool is_of(const at::Tensor& t) const {
+    return storage._unsafe_get_target() == t.storage().unsafeGetStorageImpl() && offset == t.storage_offset();
+  }
+
   bool is(const at::Tensor& t) const {
-    return storage._unsafe_get_target() == t.storage().unsafeGetStorageImpl() && offset == t.storage_offset() &&
-        version == t._version();
+    return is_of(t) && version == t._version();
   }
 };
 
 struct PackedConv {
   Moment weight_at, bias_at;
   at::Tensor weight, bias;
+  // The weights changed since they were last prepared: in training a target is prepared for one pass, and again for the
+  // next, so that keeping it would cost memory and bring nothing.
+  bool restless = false;
   // A dtype that could not be packed, as bfloat16 on processors without it: it is not tried again.
   std::optional<at::ScalarType> refused;
 
@@ -58,6 +65,8 @@ struct PackedConv {
       at::IntArrayRef stride,
       at::IntArrayRef input) {
     const int64_t one[] = {1, 1};
+    restless = !weight_at.is(w) && weight_at.is_of(w);
+    weight.reset();
     const auto dense = w.to(type).to_mkldnn();
     const auto packed = at::mkldnn_reorder_conv2d_weight(dense, padding, stride, one, 1, input);
     const auto packed_bias = b.to(type);
@@ -157,6 +166,9 @@ char* cm_packed_conv(
     const c10::List<std::optional<at::Scalar>> no_scalars;
     *y = new at::Tensor(
         pointwise()->call(input, p.weight, p.bias, pad, step, one, 1, "none", no_scalars, std::nullopt));
+    if (p.restless) {
+      p.weight.reset();
+    }
   });
 }
 
