@@ -5,6 +5,7 @@
 // and what is computed does not depend on their number.
 #pragma once
 
+#include "fused_avx512.h"
 #include "fused_loops.h"
 
 #include <algorithm>
@@ -103,7 +104,7 @@ class PieceSums {
     const auto at = [&](const float* values) { return values == nullptr ? nullptr : values + n * l_.c; };
     if constexpr (std::is_same_v<T, Bf16>) {
       if (l_.pairs) {
-        sums_pairs<kind, silu>(x + from, grad, at(k), at(a), at(b), first, second, l_.c, pixels);
+        sums_pairs_best<kind, silu>(x + from, grad, at(k), at(a), at(b), first, second, l_.c, pixels);
         return;
       }
     }
@@ -152,7 +153,7 @@ void apply(const ImageOrder& l, const T* x, const T* dy, T* y, const Affine& aff
   const T* grad = backward ? dy + from : nullptr;
   if constexpr (std::is_same_v<T, Bf16>) {
     if (l.pairs) {
-      apply_pairs<backward, silu>(x + from, grad, y + from, at(n * l.c), l.c, pixels);
+      apply_pairs_best<backward, silu>(x + from, grad, y + from, at(n * l.c), l.c, pixels);
       return;
     }
   }
