@@ -1,7 +1,7 @@
 //! The layers that all networks here are made of. Names of parameters are those of the published files.
 
 use cm_model::torch::autocast::Autocast;
-use cm_model::torch::fused::{Norm, PackedConv, tile_conv};
+use cm_model::torch::fused::{Norm, PackedConv, is_plain, tile_conv};
 use cm_model::torch::memory_format;
 use cm_model::{Init, ParamPath};
 use tch::{Kind, Tensor};
@@ -360,7 +360,7 @@ impl Attention {
             }
         };
         let [q, k, v] = [qkv.get(0), qkv.get(1), qkv.get(2)];
-        let mixed = match composes(&q) {
+        let mixed = match composes(&q) && !is_plain() {
             true => composed_attention(&q, &k, &v),
             false => {
                 Tensor::scaled_dot_product_attention(&q, &k, &v, None::<&Tensor>, 0.0, false, None, false)

@@ -96,9 +96,9 @@ class Keeper final : public c10::Allocator {
       idle_bytes_ -= head.size;
       return block;
     }
-    // What lies idle may cost a quarter more than tensors ever took at once.
+    // What lies idle may cost an eighth more than tensors ever took at once.
     const size_t used = used_ + head.size, most = std::max(most_, used);
-    release(most + most / 4 + (size_t{32} << 20) - used);
+    release(most + most / 8 + (size_t{32} << 20) - used);
     return nullptr;
   }
 

@@ -134,8 +134,8 @@ thread_local! {
     static PLAIN: Cell<bool> = const { Cell::new(false) };
 }
 
-/// While it lives, everything of this module on this thread is computed by libtorch's operations alone: what the fused
-/// forms are measured against.
+/// While it lives, everything of this module on this thread, and what else asks [`is_plain`], is computed by libtorch's
+/// operations alone: what the fast forms are measured against.
 #[derive(Debug)]
 #[must_use = "the plain forms are used only as long as this value lives"]
 pub struct Plain {
@@ -149,6 +149,12 @@ impl Plain {
     pub fn enter() -> Self {
         Self { before: PLAIN.replace(true), _thread: PhantomData }
     }
+}
+
+/// Whether this thread is inside a [`Plain`].
+#[must_use]
+pub fn is_plain() -> bool {
+    PLAIN.get()
 }
 
 impl Drop for Plain {

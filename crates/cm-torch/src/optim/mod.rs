@@ -17,6 +17,7 @@ use tch::{Kind, Tensor};
 pub use ema::{EmaTarget, ema_update};
 pub use norm::{first_non_finite, first_non_finite_grad, grad_norm, norm};
 
+use crate::fused::is_plain;
 use crate::{Error, Result, shim};
 
 /// Which rule moves the weights, with g the gradient, t the step from 1, and
@@ -259,7 +260,7 @@ impl Optimizer {
                 GradsAfter::Zero => 1,
                 GradsAfter::Release => 2,
             },
-            by_lists: self.by_lists.into(),
+            by_lists: (self.by_lists || is_plain()).into(),
         };
         let weights = shim::pointers(params.iter().map(|(_, w)| *w));
         let lists = ema::EmaPointers::new(emas);
