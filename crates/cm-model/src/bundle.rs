@@ -1,9 +1,10 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::Read;
 use std::path::Path;
 
+use rayon::prelude::*;
 use safetensors::{Dtype, SafeTensors, View, serialize_to_file};
 use tch::{Device, Kind, Tensor};
 
@@ -31,16 +32,14 @@ impl Bundle {
         // One handle for head and tensors: another file may take this one's place meanwhile.
         let mut file = File::open(path).map_err(|e| Error::io(path, "reading", e))?;
         let (metadata, places) = Self::read_places(&mut file, path)?;
-        let mut tensors = TensorMap::new();
-        // One after the other: the file is never in memory beside its tensors.
-        let mut bytes = Vec::new();
-        for Place { name, shape, dtype, begin, length } in places {
-            bytes.resize(length, 0);
-            let read = file.seek(SeekFrom::Start(begin)).and_then(|_| file.read_exact(&mut bytes));
-            read.map_err(|e| Error::io(path, "reading", e))?;
-            let tensor = tensor_of(path, &name, (&shape, dtype), &bytes)?;
-            tensors.insert(name, tensor);
-        }
+        // As many at a time as there are threads: the file is never in memory beside its tensors.
+        let read = |bytes: &mut Vec<u8>, place: Place| {
+            bytes.resize(place.length, 0);
+            read_at(&file, bytes, place.begin).map_err(|e| Error::io(path, "reading", e))?;
+            let tensor = tensor_of(path, &place.name, (&place.shape, place.dtype), bytes)?;
+            Ok((place.name, tensor))
+        };
+        let tensors = places.into_par_iter().map_init(Vec::new, read).collect::<Result<TensorMap>>()?;
         Ok(Self { tensors, metadata })
     }
 
@@ -137,6 +136,23 @@ impl Bundle {
     pub fn write(&self, path: &Path) -> Result<()> {
         write_tensors(path, self.tensors.iter().map(|(name, t)| (name.as_str(), t)), &self.metadata)
     }
+}
+
+/// Fills `bytes` from the byte at `begin` on.
+#[cfg(unix)]
+fn read_at(file: &File, bytes: &mut [u8], begin: u64) -> std::io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, bytes, begin)
+}
+
+#[cfg(windows)]
+fn read_at(file: &File, mut bytes: &mut [u8], mut begin: u64) -> std::io::Result<()> {
+    while !bytes.is_empty() {
+        match std::os::windows::fs::FileExt::seek_read(file, bytes, begin)? {
+            0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            read => (bytes, begin) = (&mut bytes[read..], begin + read as u64),
+        }
+    }
+    Ok(())
 }
 
 const AGAIN: &str = "if it was copied or downloaded, do so again";

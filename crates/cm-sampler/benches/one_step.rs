@@ -2,7 +2,7 @@
 //! that batch, on the network of `configs/emoji-ect.toml`: at most 1.05 times as long.
 //!
 //! A state in float64, the noise, the preconditioning and the clamp are what may cost; a small network is where they
-//! show. The ratio is printed last, in two ways: of the shortest times of each, run in turn, since whatever else the
+//! show. The ratio is printed with it, in two ways: of the shortest times of each, run in turn, since whatever else the
 //! machine does can only make a run longer; and of whole samplings to the time that they themselves spent in the
 //! network, which on a busy machine is the steadier one.
 
@@ -14,9 +14,10 @@ use std::time::{Duration, Instant};
 
 use cm_sampler::model::{Backbone, Cond, ImageShape, Params, Preconditioned, Result};
 use cm_sampler::nets::{NetSpec, SongUnetSpec, build};
-use cm_sampler::schedule::{Boundary, NoiseCond, SigmaRange};
+use cm_sampler::schedule::solver::Churn;
+use cm_sampler::schedule::{Boundary, Edm, KarrasGrid, NoiseCond, SigmaRange};
 use cm_sampler::tch::{self, Device, Kind, Tensor};
-use cm_sampler::{Request, one_step};
+use cm_sampler::{Hooks, Method, Request, Solver, one_step, sample};
 use criterion::{Criterion, SamplingMode, criterion_group, criterion_main};
 
 const BATCH: i64 = 64;
@@ -80,13 +81,13 @@ fn one_step_of_64(c: &mut Criterion) {
         let _no_grad = tch::no_grad_guard();
         f.net.forward(&x, &c_noise, &Cond::none(), false).expect("shapes fit")
     };
-    let sample = || one_step(&f, &Request::new(&seeds)).expect("the request fits");
+    let one = || one_step(&f, &Request::new(&seeds)).expect("the request fits");
 
     let mut group = c.benchmark_group("one_step");
     group.sample_size(10).warm_up_time(Duration::from_secs(1)).measurement_time(Duration::from_secs(5));
     group.sampling_mode(SamplingMode::Flat);
     group.bench_function("emoji/64x3x32x32/forward", |b| b.iter(forward));
-    group.bench_function("emoji/64x3x32x32/one_step", |b| b.iter(sample));
+    group.bench_function("emoji/64x3x32x32/one_step", |b| b.iter(one));
     group.finish();
 
     let timed = |run: &dyn Fn() -> Tensor| {
@@ -98,7 +99,7 @@ fn one_step_of_64(c: &mut Criterion) {
     for _ in 0..PAIRS {
         forwards.push(timed(&forward));
         f.net.seconds.set(0.0);
-        samples.push(timed(&sample));
+        samples.push(timed(&one));
         inside += f.net.seconds.get();
     }
     let within = samples.iter().sum::<f64>() / inside;
@@ -113,5 +114,24 @@ fn one_step_of_64(c: &mut Criterion) {
     assert!(within.min(sample / forward) <= MOST, "sampling costs more than {MOST} times the network");
 }
 
-criterion_group!(benches, one_step_of_64);
+/// EDM's sampler on the same network: 35 evaluations.
+fn heun_18_of_16(c: &mut Criterion) {
+    let net = build(&emoji(), 0, Device::Cpu).expect("the network of a preset");
+    net.params().set_requires_grad(false);
+    let precond = Edm::new(0.5, NoiseCond::QuarterLog).expect("positive");
+    let denoiser = Preconditioned::new(net, precond, SigmaRange::EDM);
+    let levels = KarrasGrid::new(SigmaRange::EDM, 7.0).expect("EDM's").with_zero(18);
+    let heun = Solver::Heun { churn: Churn::NONE };
+    let method = Method::solver(&denoiser, heun, &levels).expect("the levels fall");
+    let seeds: Vec<u64> = (0..16).collect();
+    let mut group = c.benchmark_group("heun_18");
+    group.sample_size(10).warm_up_time(Duration::from_secs(1)).measurement_time(Duration::from_secs(5));
+    group.sampling_mode(SamplingMode::Flat);
+    group.bench_function("emoji/16x3x32x32", |b| {
+        b.iter(|| sample(&method, &Request::new(&seeds), Hooks::default()).expect("the request fits"));
+    });
+    group.finish();
+}
+
+criterion_group!(benches, one_step_of_64, heun_18_of_16);
 criterion_main!(benches);

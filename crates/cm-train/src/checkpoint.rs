@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cm_model::{files, short, short_to};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result, TrainSpec};
@@ -316,9 +317,9 @@ impl Checkpoint {
     /// [`Error::Checkpoint`] with what is missing or wrong.
     pub fn open(path: &Path) -> Result<Self> {
         let state = Self::read_state(path)?;
-        for (name, record) in &state.files {
-            let file = path.join(name);
-            let found = measure(&file).map_err(|e| Error::checkpoint(path, format!("{name}: {e}")))?;
+        let check = |(name, record): (&String, &FileRecord)| {
+            let found =
+                measure(&path.join(name)).map_err(|e| Error::checkpoint(path, format!("{name}: {e}")))?;
             if found.bytes != record.bytes {
                 let problem = format!("{name} has {} bytes, {} were written", found.bytes, record.bytes);
                 return Err(Error::checkpoint(path, problem));
@@ -327,7 +328,11 @@ impl Checkpoint {
                 let problem = format!("{name} is not what was written (its checksum differs)");
                 return Err(Error::checkpoint(path, problem));
             }
-        }
+            Ok(())
+        };
+        // The first of the files that differ is named, whichever thread sees its own first.
+        let found: Vec<Result<()>> = state.files.par_iter().map(check).collect();
+        found.into_iter().collect::<Result<()>>()?;
         Ok(Self { path: path.to_owned(), state })
     }
 
@@ -375,14 +380,13 @@ impl Checkpoint {
 
 /// Records every file of a folder, as it is on the disk.
 fn records(folder: &Path) -> Result<BTreeMap<String, FileRecord>> {
-    let entries = fs::read_dir(folder).map_err(|e| Error::io(folder, "reading the folder", e))?;
-    let mut records = BTreeMap::new();
-    for entry in entries {
-        let entry = entry.map_err(|e| Error::io(folder, "reading the folder", e))?;
+    let entries = fs::read_dir(folder).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
+    let entries = entries.map_err(|e| Error::io(folder, "reading the folder", e))?;
+    let record = |entry: &fs::DirEntry| {
         let record = measure(&entry.path()).map_err(|e| Error::io(entry.path(), "reading back", e))?;
-        records.insert(entry.file_name().to_string_lossy().into_owned(), record);
-    }
-    Ok(records)
+        Ok((entry.file_name().to_string_lossy().into_owned(), record))
+    };
+    entries.par_iter().map(record).collect()
 }
 
 /// Reads `state.json`, which has about 100 bytes a file beside the settings.
