@@ -26,6 +26,9 @@ use common::{model, train_spec};
 
 const IMAGES: usize = 128;
 
+/// A step that is there to be taken.
+type Step = Box<dyn FnMut()>;
+
 fn network() -> NetSpec {
     NetSpec::SongUnet(SongUnetSpec {
         image_size: 8,
@@ -94,7 +97,7 @@ fn recipes(criterion: &mut Criterion) {
         ..live.clone()
     };
     let networks = Networks { student: denoiser(), target: None, teacher: None, perceptual: None };
-    let mut steps: [(&str, Box<dyn FnMut()>); 5] = [
+    let mut steps: [(&str, Step); 5] = [
         ("edm", Box::new(step(networks, &edm))),
         ("ct", Box::new(consistency(&live))),
         ("cd_heun", Box::new(consistency(&heun))),
