@@ -93,6 +93,7 @@ fn recipes(criterion: &mut Criterion) {
     let ect = TrainSpec { pairs, ..huber };
     let edm = TrainSpec {
         pairs: PairRule::Denoise { sigma: LogNormal { mean: -1.2, std: 1.2 } },
+        target: TargetRule::Image {},
         weighting: Weighting::Karras,
         ..live.clone()
     };
