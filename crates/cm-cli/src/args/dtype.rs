@@ -10,7 +10,7 @@ pub enum Dtype {
     /// float32
     #[default]
     F32,
-    /// bfloat16: 8 bits of mantissa, and several times as fast on processors with AMX
+    /// bfloat16: 8 bits of mantissa, and for large networks several times as fast on processors with AMX
     Bf16,
 }
 
