@@ -11,16 +11,14 @@
 
 #![allow(missing_docs)] // criterion's macro makes an undocumented function
 
-use std::time::Duration;
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
-use criterion::measurement::WallTime;
-use criterion::{
-    BenchmarkGroup, BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main,
-};
-
-use cm_torch::device::keep_memory;
 use cm_torch::memory_format::channels_last;
 use cm_torch::tch::{self, Device, Kind, Tensor};
+
+mod common;
+
+use common::group;
 
 /// Weights of DDPM++.
 const WEIGHTS: i64 = 56_000_000;
@@ -28,15 +26,6 @@ const SIDE: i64 = 4096;
 /// Channels and pixels in a row.
 const CONVS: [(i64, i64); 3] = [(256, 32), (256, 16), (256, 8)];
 const IMAGES: i64 = 8;
-
-fn group<'a>(c: &'a mut Criterion, name: &str) -> BenchmarkGroup<'a, WallTime> {
-    // What tensors gave back is kept, as in `cm`: else the system's pages would be measured too.
-    keep_memory();
-    let mut group = c.benchmark_group(name);
-    group.sampling_mode(SamplingMode::Flat).sample_size(10);
-    group.warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1));
-    group
-}
 
 fn randn(shape: &[i64], kind: Kind) -> Tensor {
     Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind)

@@ -14,16 +14,17 @@
 
 #![allow(missing_docs)] // criterion's macro makes an undocumented function
 
-use std::time::Duration;
-
 use criterion::measurement::WallTime;
-use criterion::{BenchmarkGroup, BenchmarkId, Criterion, SamplingMode, criterion_group, criterion_main};
+use criterion::{BenchmarkGroup, BenchmarkId, Criterion, criterion_group, criterion_main};
 
 use cm_torch::autocast::Autocast;
-use cm_torch::device::keep_memory;
 use cm_torch::fused::{Norm, Plain, scaled_sum, tile_conv};
 use cm_torch::memory_format::channels_last;
 use cm_torch::tch::{Device, Kind, Tensor};
+
+mod common;
+
+use common::group;
 
 /// Images and dtypes: the first level of DDPM++ on CIFAR-10, and the second of the network of the demo on digits, whose
 /// images are so small that each is normalised while it lies in the cache.
@@ -34,15 +35,6 @@ const IMAGES: [([i64; 4], Kind); 3] = [
 ];
 /// Convolutions: images, channels, and pixels in a row.
 const CONVS: [(i64, i64, i64); 4] = [(128, 64, 4), (8, 256, 8), (8, 256, 16), (8, 256, 32)];
-
-fn group<'a>(c: &'a mut Criterion, name: &str) -> BenchmarkGroup<'a, WallTime> {
-    // What tensors gave back is kept, as in `cm`: else the system's pages would be measured too.
-    keep_memory();
-    let mut group = c.benchmark_group(name);
-    group.sampling_mode(SamplingMode::Flat).sample_size(10);
-    group.warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1));
-    group
-}
 
 /// Both forms of the same work.
 fn both(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, mut work: impl FnMut()) {

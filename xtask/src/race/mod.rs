@@ -131,6 +131,10 @@ fn check(args: &RaceArgs) -> Result<()> {
             rows::PAIRS
         );
     }
+    // Rows of other work would stand among those of the usual.
+    if args.publish && (args.batch.is_some() || args.dtype != "bf16" || !args.sets.is_empty()) {
+        bail!("--publish with --batch, --dtype or --set: what is published is the usual work");
+    }
     if args.batch == Some(0) || args.threads == Some(0) {
         bail!("--batch and --threads: expected 1 or more, got 0");
     }
@@ -354,6 +358,9 @@ mod tests {
             ("--pairs 0", "at least one round"),
             ("--seconds 0", "a positive number"),
             ("--publish --pairs 3", "the median of 7"),
+            ("--publish --batch 4", "the usual work"),
+            ("--publish --dtype fp32", "the usual work"),
+            ("--publish --set train.lr=1e-3", "the usual work"),
             ("--batch 0", "--batch and --threads"),
             ("--threads 0", "--batch and --threads"),
             ("--device auto", "cpu, cuda or cuda:N"),
